@@ -1,0 +1,1 @@
+"""The YAML as pydantic models. Imports no torch, ray, vllm or transformers, so that it loads anywhere in no time."""

@@ -1,0 +1,37 @@
+"""What every config section shares: unknown keys are errors, values are frozen, resources stay out of cache keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+Dtype = Literal["bfloat16", "float32"]
+
+
+class Section(BaseModel):
+    """A section of the YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    #: True where the section says only how fast and where something runs, not what comes out.
+    resources: ClassVar[bool] = False
+
+
+def semantic(section: BaseModel) -> dict[str, Any]:
+    """The part of a section that decides the result: everything but `resources` sections. Enters cache keys."""
+    out: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            if not value.resources:
+                out[name] = semantic(value)
+        elif isinstance(value, (list, tuple)):
+            out[name] = [semantic(item) if isinstance(item, BaseModel) else item for item in value]
+        elif isinstance(value, dict):
+            out[name] = {key: semantic(item) if isinstance(item, BaseModel) else item for key, item in value.items()}
+        else:
+            out[name] = value
+    return out

@@ -1,0 +1,81 @@
+"""How responses are sampled and scored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from allo_ray.config.base import Dtype, PositiveFraction, Section
+
+
+class EngineResources(Section):
+    """Where engines run and how much they take; changes no result."""
+
+    resources = True
+
+    #: Actors, or (fewest, most) for a pool that follows the cluster.
+    actors: int | tuple[int, int] = 1
+    num_cpus: float = Field(default=1, gt=0)
+    num_gpus: float = Field(default=0, ge=0)
+    #: Threads of one actor on the CPU; by default what num_cpus says.
+    threads: int | None = Field(default=None, ge=1)
+    tensor_parallel: int = Field(default=1, ge=1)
+    gpu_memory_utilization: PositiveFraction = 0.85
+    #: GiB of key-value cache of an engine on the CPU.
+    kv_cache_gib: float = Field(default=1, gt=0)
+    #: Bounds the memory of prompt log-probs: vLLM needs about tokens x vocabulary x 6 B outside its own plan.
+    max_num_batched_tokens: int = Field(default=2048, ge=64)
+    max_num_seqs: int = Field(default=128, ge=1)
+    #: Rows handed to an actor at a time, and how many such batches wait at each actor.
+    batch_size: int = Field(default=32, ge=1)
+    batches_in_flight: int = Field(default=2, ge=1)
+    #: Rows of one published shard: what a crash can cost at most.
+    shard_rows: int = Field(default=1024, ge=1)
+
+
+class EngineConfig(Section):
+    """The engine that generates and scores."""
+
+    kind: Literal["vllm", "transformers"] = "vllm"
+    dtype: Dtype = "bfloat16"
+    max_model_len: int = Field(default=2048, ge=16)
+    on: EngineResources = EngineResources()
+
+
+class SamplingConfig(Section):
+    """Sampling parameters of a request. temperature 0 is greedy."""
+
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: PositiveFraction = 0.95
+    max_tokens: int = Field(default=1024, ge=1)
+    stop: tuple[str, ...] = ()
+
+
+class SampleConfig(SamplingConfig):
+    """How many responses each prompt gets (the released code samples 10)."""
+
+    n: int = Field(default=10, ge=1)
+
+
+class TeacherConfig(Section):
+    """Who rewrites the negatives with the fewest edits (paper 4.2)."""
+
+    kind: Literal["arithmetic", "model", "endpoint"]
+    #: kind "model": folder or hub name run by the engine. kind "endpoint": the model's name there.
+    model: str | None = None
+    #: kind "endpoint": base URL of an OpenAI-compatible server, and the environment variable that holds its key.
+    url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=16, ge=1)
+    timeout_seconds: float = Field(default=120, gt=0)
+    retries: int = Field(default=5, ge=0)
+    sampling: SamplingConfig = SamplingConfig(temperature=0, max_tokens=1024)
+
+    @model_validator(mode="after")
+    def _complete(self) -> TeacherConfig:
+        if self.kind in ("model", "endpoint") and self.model is None:
+            raise ValueError(f"rewrite.model is needed for rewrite.kind: {self.kind}")
+        if (self.kind == "endpoint") != (self.url is not None):
+            raise ValueError("rewrite.url belongs to rewrite.kind: endpoint, and is needed there")
+        return self

@@ -1,0 +1,85 @@
+"""The whole config of a run."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from allo_ray.config.base import Section
+from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
+from allo_ray.config.engine import EngineConfig, SampleConfig, SamplingConfig, TeacherConfig
+from allo_ray.config.model import ModelConfig
+from allo_ray.config.train import (
+    BaselineConfig,
+    ForgetConfig,
+    LearnConfig,
+    LocateConfig,
+    RewardConfig,
+    SftConfig,
+    TrainerConfig,
+    WarmupConfig,
+)
+
+
+class EvaluateConfig(Section):
+    """What the models are asked at the end; greedy unless said otherwise."""
+
+    suites: tuple[SuiteConfig, ...] = ()
+    sampling: SamplingConfig = SamplingConfig(temperature=0, top_p=1.0, max_tokens=512)
+
+
+class ClusterConfig(Section):
+    """The Ray cluster: an address, or a cluster of this machine's own."""
+
+    resources = True
+
+    #: "auto" or an address joins a running cluster; null starts a local one (inside a Ray job: joins its cluster).
+    address: str | None = None
+    #: Logical CPUs of a local cluster; by default the real ones and four for the tasks that feed them.
+    num_cpus: int | None = Field(default=None, ge=1)
+
+
+class RunConfig(Section):
+    """One alignment run. Sections that are null are stages left out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 17
+    #: Artifacts of finished stages: a folder or a URL that every node reaches.
+    store: str = "store"
+    #: Results are written to <runs>/<name>.
+    runs: str = "runs"
+    model: ModelConfig
+    data: DataConfig
+    sft: SftConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    sample: SampleConfig | None = SampleConfig()
+    verify: VerifyConfig = VerifyConfig()
+    pair: PairConfig = PairConfig()
+    warmup: WarmupConfig
+    locate: LocateConfig = LocateConfig()
+    rewrite: TeacherConfig | None = None
+    reward: RewardConfig | None = None
+    forget: ForgetConfig | None = None
+    learn: LearnConfig | None = None
+    baselines: dict[str, BaselineConfig] = Field(default_factory=dict)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> RunConfig:
+        if self.data.kind == "prompts" and self.sample is None:
+            raise ValueError("data.kind: prompts needs the section `sample` (responses have to come from somewhere)")
+        if self.sft is not None and self.sft.data is None and self.data.kind == "pairs":
+            raise ValueError("sft.data is needed where data.kind is pairs")
+        if self.forget is None and self.learn is None:
+            raise ValueError("nothing to train: give the section `forget`, the section `learn`, or both")
+        if self.forget is not None and self.forget.weight != "none" and None in (self.rewrite, self.reward):
+            raise ValueError(
+                "forget.weight needs token scores: give the sections `rewrite` and `reward`, or set forget.weight: none"
+            )
+        if self.locate.order == "band" and self.locate.band is not None:
+            width = self.locate.band[1] - self.locate.band[0]
+            for stage in (self.forget, self.learn):
+                if stage is not None and abs(stage.k - width) > 1e-9:
+                    raise ValueError(f"locate.band is {width:g} wide, so k must be {width:g} too (found {stage.k:g})")
+        return self
