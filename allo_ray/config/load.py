@@ -85,13 +85,9 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
 
 def _scalar(text: str, override: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is no valid YAML: {error}") from None
-    try:
-        return float(value) if isinstance(value, str) else value  # YAML 1.1 reads 5e-6 as text
-    except ValueError:
-        return value
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -1,0 +1,210 @@
+"""Artifacts of finished stages: content-addressed, published atomically, shared by runs and trials.
+
+An artifact is a folder `<store>/<stage>/<key>/` with the stage's files and `artifact.json`. The key is the hash of
+the stage's name, code version and config and of its inputs' keys, so equal work is done once. A stage writes into
+a work folder that survives a crash (long stages resume in it); publication is one rename on a file system, or an
+upload with `artifact.json` last elsewhere. A lease keeps two processes from computing the same key at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from allo_ray.errors import UserError
+
+FORMAT = 1
+HEARTBEAT_SECONDS = 5.0
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published result: where it is, and what its stage said of it."""
+
+    stage: str
+    key: str
+    path: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    startup_seconds: float = 0.0
+
+    def file(self, name: str) -> str:
+        """Path or URL of one of its files."""
+        return f"{self.path}/{name}"
+
+
+def cache_folder() -> Path:
+    """Where files of remote stores are kept on this machine."""
+    return Path(os.environ.get("ALLO_RAY_CACHE", Path.home() / ".cache" / "allo_ray"))
+
+
+def local_path(path: str) -> Path:
+    """A path on this machine for a path or URL: a URL is fetched once a machine and then found in the cache."""
+    if "://" not in path:
+        return Path(path)
+    target = cache_folder() / "fetched" / hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
+    if not target.exists():
+        files, root = fsspec.core.url_to_fs(path)
+        part = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        files.get(root, str(part), recursive=True)
+        _rename_or_discard(part, target)
+    return target
+
+
+class Store:
+    """A folder, or a URL that fsspec opens, holding artifacts."""
+
+    def __init__(self, url: str) -> None:
+        self.files, root = fsspec.core.url_to_fs(url)
+        self.local = isinstance(self.files, LocalFileSystem)
+        self.root = str(Path(root).resolve()) if self.local else url.rstrip("/")
+        self._work_root = Path(self.root) / ".work" if self.local else cache_folder() / "work"
+        self._check_format()
+
+    def key(self, stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        """Hash of everything that decides a stage's result; 16 hexadecimal digits."""
+        told = {"stage": stage, "version": version, "config": config, "inputs": inputs}
+        return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The published artifact, or None."""
+        path = f"{self.root}/{stage}/{key}"
+        try:
+            with self.files.open(f"{path}/artifact.json", "rt") as file:
+                told = json.load(file)
+        except FileNotFoundError:
+            return None
+        return Artifact(stage, key, path, told["facts"], told["seconds"], told["startup_seconds"])
+
+    def work_folder(self, stage: str, key: str) -> Path:
+        """The folder in which the stage works until it is published; what a crashed attempt left is still there."""
+        folder = self._work_root / f"{stage}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def publish(self, stage: str, key: str, told: Mapping[str, Any]) -> Artifact:
+        """Makes the work folder an artifact. `told` needs facts, seconds and startup_seconds.
+
+        Whoever publishes second finds the first one's artifact in place and throws its own away.
+        """
+        folder = self.work_folder(stage, key)
+        (folder / "artifact.json").write_text(json.dumps(dict(told), indent=1, sort_keys=True, default=str))
+        target = f"{self.root}/{stage}/{key}"
+        if self.local:
+            _rename_or_discard(folder, Path(target))
+        else:
+            for file in sorted(folder.rglob("*"), key=lambda path: path.name == "artifact.json"):
+                if file.is_file():
+                    self.files.put_file(str(file), f"{target}/{file.relative_to(folder)}")
+            shutil.rmtree(folder)
+        found = self.find(stage, key)
+        assert found is not None, "just published"
+        return found
+
+    @contextmanager
+    def lease(self, stage: str, key: str) -> Iterator[None]:
+        """Held by the one process that computes `key`; others wait here until it is done or has died.
+
+        The holder renews a heartbeat; a lease without one for 30 s is taken over.
+        """
+        path = f"{self.root}/.leases/{stage}-{key}.json"
+        owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        while not self._take(path, owner):
+            time.sleep(1.0)
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                self._write_lease(path, owner, "wt")
+
+        thread = threading.Thread(target=renew, daemon=True, name=f"lease-{stage}")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.files.rm_file(self._strip(path))
+
+    def free_bytes(self) -> int | None:
+        """Free disk of a local store, None elsewhere."""
+        return shutil.disk_usage(self.root).free if self.local else None
+
+    def _take(self, path: str, owner: str) -> bool:
+        try:
+            with self.files.open(path, "rt") as file:
+                told = json.load(file)
+            if not self._expired(told):
+                return False
+            self.files.rm_file(self._strip(path))
+        except (FileNotFoundError, json.JSONDecodeError):
+            pass
+        try:
+            self._write_lease(path, owner, "xt" if self.local else "wt")
+        except FileExistsError:
+            return False
+        with self.files.open(path, "rt") as file:
+            return json.load(file)["owner"] == owner
+
+    def _expired(self, told: Mapping[str, Any]) -> bool:
+        if told["host"] == socket.gethostname() and not Path(f"/proc/{told['pid']}").exists():
+            return True
+        return time.time() - told["time"] > LEASE_SECONDS
+
+    def _write_lease(self, path: str, owner: str, mode: str) -> None:
+        text = json.dumps({"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        if self.local and mode == "wt":
+            part = Path(f"{path}.{owner}")
+            part.write_text(text)
+            part.replace(path)
+            return
+        self.files.makedirs(str(Path(self._strip(path)).parent), exist_ok=True)
+        with self.files.open(path, mode) as file:
+            file.write(text)
+
+    def _strip(self, path: str) -> str:
+        return str(self.files._strip_protocol(path))
+
+    def _check_format(self) -> None:
+        path = f"{self.root}/store.json"
+        try:
+            with self.files.open(path, "rt") as file:
+                found = json.load(file)["format"]
+        except FileNotFoundError:
+            self.files.makedirs(self._strip(self.root), exist_ok=True)
+            with self.files.open(path, "wt") as file:
+                json.dump({"format": FORMAT}, file)
+            return
+        except PermissionError as error:
+            raise UserError(f"store {self.root}: {error}. Give a folder that you may write with store: ...") from None
+        if found != FORMAT:
+            raise UserError(
+                f"store {self.root}: written in format {found}, this program reads {FORMAT}. "
+                "Give another folder with store: ..., or use the program version that wrote it."
+            )
+
+
+def _rename_or_discard(folder: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(folder)
