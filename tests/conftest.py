@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: one Ray cluster a session, and tiny random models with a real tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama with tied embeddings."""
+    from allo_ray.models import tiny_model
+
+    return tiny_model("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Qwen2 with untied embeddings and biases."""
+    from allo_ray.models import tiny_model
+
+    return tiny_model("qwen", tmp_path_factory.mktemp("tiny") / "qwen")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster for the whole session; more logical CPUs than cores, or tasks wait for each other for ever."""
+    import ray
+
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    yield
+    ray.shutdown()
