@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,24 @@ from allo_ray.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as stages pass it on: a folder of ordinary weights, its fp32 masters, and deltas over them.
+
+    `masters` is a dense delta whose bf16 cast is `base` (None where training starts from the folder's own values).
+    """
+
+    base: str
+    masters: str | None = None
+    deltas: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Delta files to apply to `base`, in order, for the fp32 values of every neuron."""
+        return (*((self.masters,) if self.masters else ()), *self.deltas)
+
 
 TINY_TEXT = (
     "Question: what is 12 + 34 - 5? Answer: 12 + 34 = 46, 46 - 5 = 41. The answer is 41\n"

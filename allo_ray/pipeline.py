@@ -1,0 +1,138 @@
+"""The stages as a graph: keys first, then whatever the store does not hold yet, independent stages side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from allo_ray.config.run import RunConfig
+from allo_ray.stages.base import Context, Progress, Stage
+from allo_ray.store import Artifact, Store
+
+
+class ProgressLines(Protocol):
+    """Where stages show how far they are (allo_ray/report/terminal.py draws it)."""
+
+    def stage(self, name: str, cached: bool = False) -> Progress: ...
+
+    def finish(self, name: str, seconds: float, startup_seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage in a run's graph.
+
+    settings: the part of the config that decides its result. inputs: role -> name of the node that makes it.
+    """
+
+    name: str
+    stage: Stage
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A node with its key, and its artifact where the store has it."""
+
+    node: Node
+    key: str
+    artifact: Artifact | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """A node's artifact, and whether this run made it."""
+
+    artifact: Artifact
+    cached: bool
+
+
+def plan(nodes: list[Node], store: Store) -> list[Planned]:
+    """Keys of all nodes, which need no stage to run: a key depends on settings and on the inputs' keys alone."""
+    keys: dict[str, str] = {}
+    planned = []
+    for node in nodes:
+        inputs = {role: keys[name] for role, name in node.inputs.items()}
+        key = keys[node.name] = store.key(node.stage.name, node.stage.version, node.settings, inputs)
+        planned.append(Planned(node, key, store.find(node.stage.name, key)))
+    return planned
+
+
+def run(
+    config: RunConfig, nodes: list[Node], store: Store, lines: ProgressLines, parallel: int = 2
+) -> dict[str, Done]:
+    """Runs what is missing and returns every node's artifact by name.
+
+    At most `parallel` stages run at once; one starts as soon as its inputs are there. The first failure is raised
+    once the stages running beside it have ended, and no further one starts.
+    """
+    waiting = {item.node.name: item for item in plan(nodes, store)}
+    done: dict[str, Done] = {}
+    running: dict[Future[Done], str] = {}
+    failure: BaseException | None = None
+    with ThreadPoolExecutor(parallel, thread_name_prefix="stage") as pool:
+        while waiting or running:
+            for item in list(_ready(waiting, done)) if failure is None else []:
+                if item.artifact is None and len(running) == parallel:
+                    continue
+                del waiting[item.node.name]
+                if item.artifact is not None:
+                    lines.stage(item.node.name, cached=True)
+                    done[item.node.name] = Done(item.artifact, cached=True)
+                else:
+                    inputs = {role: done[name].artifact for role, name in item.node.inputs.items()}
+                    running[pool.submit(_execute, config, item, inputs, store, lines)] = item.node.name
+            if not running:
+                if failure is not None:
+                    break
+                continue
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    done[name] = future.result()
+                else:
+                    failure = failure or error
+    if failure is not None:
+        raise failure
+    return done
+
+
+def _ready(waiting: Mapping[str, Planned], done: Mapping[str, Done]) -> Iterator[Planned]:
+    """Nodes whose inputs are all there, in the graph's order."""
+    return (item for item in waiting.values() if all(name in done for name in item.node.inputs.values()))
+
+
+def _execute(
+    config: RunConfig, item: Planned, inputs: Mapping[str, Artifact], store: Store, lines: ProgressLines
+) -> Done:
+    node, key = item.node, item.key
+    with store.lease(node.stage.name, key):
+        found = store.find(node.stage.name, key)  # another process may have made it while we waited
+        if found is not None:
+            return Done(found, cached=True)
+        progress = lines.stage(node.name)
+        start = time.perf_counter()
+        context = Context(config, node.settings, inputs, store.work_folder(node.stage.name, key), key, store, progress)
+        node.stage.run(context)
+        seconds = time.perf_counter() - start
+        artifact = store.publish(
+            node.stage.name,
+            key,
+            {
+                "stage": node.stage.name,
+                "version": node.stage.version,
+                "settings": dict(node.settings),
+                "inputs": {role: f"{artifact.stage}/{artifact.key}" for role, artifact in inputs.items()},
+                "facts": context.facts,
+                "seconds": round(seconds, 3),
+                "startup_seconds": round(context.startup_seconds, 3),
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        )
+    lines.finish(node.name, seconds, context.startup_seconds)
+    return Done(artifact, cached=False)

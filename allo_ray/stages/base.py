@@ -1,0 +1,76 @@
+"""What a stage is, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from allo_ray.config.run import RunConfig
+from allo_ray.models import ModelRef
+from allo_ray.store import Artifact, Store, local_path
+
+
+class Progress(Protocol):
+    """A live line of a stage."""
+
+    def update(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        """`done` of `total` units are finished; `facts` are shown beside (loss, tokens/s)."""
+        ...
+
+
+@dataclass
+class Context:
+    """A stage's inputs and the folder it writes to. Facts end up in the artifact and in summary.json."""
+
+    config: RunConfig
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Artifact]
+    out: Path
+    key: str
+    store: Store
+    progress: Progress
+    facts: dict[str, Any] = field(default_factory=dict)
+    #: Seconds before the first row or batch of real work began.
+    startup_seconds: float = 0.0
+
+    def file(self, role: str, name: str) -> Path:
+        """A file of an input, on this machine."""
+        return local_path(self.inputs[role].file(name))
+
+    def model(self, role: str) -> ModelRef:
+        """The model that an input holds or was made with."""
+        told = self.inputs[role].facts["model"]
+        return ModelRef(
+            self._absolute(told["base"]),
+            self._absolute(told["masters"]) if told["masters"] else None,
+            tuple(map(self._absolute, told["deltas"])),
+        )
+
+    def hand_on(self, base: str, masters: str | None, deltas: tuple[str, ...]) -> None:
+        """Says which model this artifact holds. Paths inside the store are kept relative to it."""
+        self.facts["model"] = {
+            "base": self._relative(base),
+            "masters": self._relative(masters) if masters else None,
+            "deltas": [self._relative(path) for path in deltas],
+        }
+
+    def published(self, stage: Stage, name: str) -> str:
+        """The path a file of this stage's work folder will have once it is published."""
+        return f"{self.store.root}/{stage.name}/{self.key}/{name}"
+
+    def _absolute(self, path: str) -> str:
+        return path.replace("store:", f"{self.store.root}/", 1) if path.startswith("store:") else path
+
+    def _relative(self, path: str) -> str:
+        return path.replace(f"{self.store.root}/", "store:", 1) if path.startswith(f"{self.store.root}/") else path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the method. `version` goes up whenever its code gives another result for the same inputs."""
+
+    name: str
+    version: int
+    run: Callable[[Context], None]
