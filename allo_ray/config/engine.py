@@ -40,7 +40,7 @@ class EngineConfig(Section):
     kind: Literal["vllm", "transformers"] = "vllm"
     dtype: Dtype = "bfloat16"
     max_model_len: int = Field(default=2048, ge=16)
-    on: EngineResources = EngineResources()
+    pool: EngineResources = EngineResources()
 
 
 class SamplingConfig(Section):

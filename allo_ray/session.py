@@ -1,0 +1,75 @@
+"""The Ray cluster of a run: joined or started, with its chatter kept in files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from allo_ray.config.run import ClusterConfig
+from allo_ray.errors import UserError
+
+#: Logical CPUs of a local cluster beyond the real ones: readers and writers that feed trainers and engines need
+#: some, and a cluster whose CPUs all belong to consumers waits for ever without a word.
+SPARE_CPUS = 4
+
+#: Set before torch, vLLM and DeepSpeed are imported anywhere in the cluster.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def quiet() -> None:
+    """Keeps libraries from talking over the progress lines; what they say of errors still shows."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(ray|transformers|torch|deepspeed)\b.*")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "transformers", "DeepSpeed", "vllm", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
+    """Joins the cluster that `config` or the environment names, or starts one on this machine for the time.
+
+    Raises:
+        UserError: nothing answers at the address, or the cluster has no accelerator where the config asks for one.
+    """
+    quiet()
+    import ray
+
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
+            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cluster.address {address}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a cluster "
+            "with token authentication needs RAY_AUTH_MODE=token and the token."
+        ) from None
+    try:
+        from ray.data import DataContext
+
+        DataContext.get_current().enable_progress_bars = False
+        DataContext.get_current().print_on_execution_start = False
+        have = ray.cluster_resources().get("GPU", 0)
+        if gpus_wanted > have and not address:
+            raise UserError(
+                f"the config asks for {gpus_wanted:g} GPU(s), this machine offers {have:g}. Set trainer.num_gpus and "
+                "engine.pool.num_gpus to 0, or join a cluster that has them (cluster.address)."
+            )
+        yield
+    finally:
+        ray.shutdown()
