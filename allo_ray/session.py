@@ -56,8 +56,8 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"cluster.address {address}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a cluster "
-            "with token authentication needs RAY_AUTH_MODE=token and the token."
+            f"cluster.address {address}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a "
+            "cluster with token authentication needs RAY_AUTH_MODE=token and the token."
         ) from None
     try:
         from ray.data import DataContext

@@ -150,6 +150,8 @@ TRAIN_ROWS = _table(
     rejected_reference=_FLOATS,
     rejected_weight=_FLOATS,
 )
+#: Which tokens of a rejected response the learning loss kept (q of Eq. 8) under the last policy, with their log-ratios.
+KEPT = _table("kept", id=_TEXT, q=_FLOATS, logratio=_FLOATS)
 #: One answered evaluation question.
 EVALS = _table(
     "evals", suite=_TEXT, id=_TEXT, prompt=_TEXT, response=_TEXT, answer=_TEXT, reference=_TEXT, correct=_FLAG

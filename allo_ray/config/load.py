@@ -99,4 +99,5 @@ def _reason(item: Any) -> str:
         return "unknown key. Check its spelling and its section."
     if item["type"] == "missing":
         return "is missing"
-    return f"{item['msg']} (found {item['input']!r})" if not isinstance(item["input"], dict) else item["msg"]
+    message = item["msg"].removeprefix("Value error, ")
+    return message if isinstance(item["input"], dict) else f"{message} (found {item['input']!r})"

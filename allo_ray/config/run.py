@@ -36,6 +36,8 @@ class ClusterConfig(Section):
     address: str | None = None
     #: Logical CPUs of a local cluster; by default the real ones and four for the tasks that feed them.
     num_cpus: int | None = Field(default=None, ge=1)
+    #: Stages that do not need each other run side by side, up to this many.
+    parallel_stages: int = Field(default=2, ge=1)
 
 
 class RunConfig(Section):

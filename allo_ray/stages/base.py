@@ -41,12 +41,7 @@ class Context:
 
     def model(self, role: str) -> ModelRef:
         """The model that an input holds or was made with."""
-        told = self.inputs[role].facts["model"]
-        return ModelRef(
-            self._absolute(told["base"]),
-            self._absolute(told["masters"]) if told["masters"] else None,
-            tuple(map(self._absolute, told["deltas"])),
-        )
+        return artifact_model(self.inputs[role], self.store)
 
     def hand_on(self, base: str, masters: str | None, deltas: tuple[str, ...]) -> None:
         """Says which model this artifact holds. Paths inside the store are kept relative to it."""
@@ -60,11 +55,19 @@ class Context:
         """The path a file of this stage's work folder will have once it is published."""
         return f"{self.store.root}/{stage.name}/{self.key}/{name}"
 
-    def _absolute(self, path: str) -> str:
-        return path.replace("store:", f"{self.store.root}/", 1) if path.startswith("store:") else path
-
     def _relative(self, path: str) -> str:
         return path.replace(f"{self.store.root}/", "store:", 1) if path.startswith(f"{self.store.root}/") else path
+
+
+def artifact_model(artifact: Artifact, store: Store) -> ModelRef:
+    """The model that an artifact holds, with paths as they are here."""
+
+    def absolute(path: str) -> str:
+        return path.replace("store:", f"{store.root}/", 1) if path.startswith("store:") else path
+
+    told = artifact.facts["model"]
+    masters = absolute(told["masters"]) if told["masters"] else None
+    return ModelRef(absolute(told["base"]), masters, tuple(map(absolute, told["deltas"])))
 
 
 @dataclass(frozen=True)

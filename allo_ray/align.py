@@ -1,0 +1,69 @@
+"""One run from config to results: checks, the stages that are missing, and the folder that the user gets."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from allo_ray import estimate, method, pipeline, results
+from allo_ray.config.load import dump
+from allo_ray.config.run import RunConfig
+from allo_ray.data.sources import check_source
+from allo_ray.models import neurons_of
+from allo_ray.report.terminal import Progress, closing_table
+from allo_ray.results import Run
+from allo_ray.session import cluster
+from allo_ray.store import Store
+
+
+def align(config: RunConfig, console: Console | None = None) -> Run:
+    """Runs what the store does not hold yet and writes runs/<name>/.
+
+    Raises:
+        UserError: config, data or machine do not allow the run; said before any worker starts.
+    """
+    console = console or Console()
+    started = time.perf_counter()
+    store = Store(config.store)
+    nodes = method.graph(config)
+    planned = pipeline.plan(nodes, store)
+    run = results.finished(config, {item.node.name: item.key for item in planned})
+    if run is not None and all(item.artifact is not None for item in planned):
+        console.print(f"Nothing to do: {run.folder} holds this run already.")
+        closing_table(console, run.summary)
+        return run
+    check(config, store)
+    with cluster(config.cluster, max(config.trainer.num_gpus, config.engine.pool.num_gpus)):
+        connected = time.perf_counter() - started
+        with Progress(console) as lines:
+            done = pipeline.run(config, nodes, store, lines, parallel=config.cluster.parallel_stages)
+    run = results.write(config, done, store, time.perf_counter() - started, connected)
+    closing_table(console, run.summary)
+    return run
+
+
+def check(config: RunConfig, store: Store) -> None:
+    """Everything that can be found wrong without a worker: data, memory, disk."""
+    check_source(config.data)
+    if config.sft is not None and config.sft.data is not None:
+        check_source(config.sft.data)
+    estimate.check(config, estimate.estimate(config, neurons_of(config.model)), store)
+
+
+def explain(config: RunConfig) -> None:
+    """Prints the resolved config, the stages with what is cached, and the estimates; starts nothing."""
+    console = Console()
+    store = Store(config.store)
+    check(config, store)
+    console.print(dump(config), highlight=False, markup=False)
+    for item in pipeline.plan(method.graph(config), store):
+        reads = ", ".join(dict.fromkeys(item.node.inputs.values())) or "-"
+        state = "cached" if item.artifact is not None else "to do"
+        console.print(f"{state:7} {item.node.name:28} {item.key}  reads: {reads}", highlight=False)
+    needed = estimate.estimate(config, neurons_of(config.model))
+    console.print("\nEstimates (arithmetic, see allo_ray/estimate.py):", highlight=False)
+    for stage, size in needed.training.items():
+        console.print(f"  memory of a worker, {stage:12} {size / estimate.GIB:6.1f} GiB", highlight=False)
+    console.print(f"  memory of an engine              {needed.engine / estimate.GIB:6.1f} GiB", highlight=False)
+    console.print(f"  disk, store and run              {needed.disk / estimate.GIB:6.1f} GiB", highlight=False)

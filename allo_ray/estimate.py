@@ -1,0 +1,96 @@
+"""What a run will take of memory and disk, by arithmetic, before anything starts.
+
+N neurons, of which K are trained. Training holds 2 or 4 bytes of weight a neuron, and for each trained one its
+float32 value, gradient and two moments, and its int32 index where not all are trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from allo_ray.config.run import RunConfig
+from allo_ray.config.train import TrainConfig
+from allo_ray.errors import UserError
+from allo_ray.store import Store
+
+GIB = 1 << 30
+#: Interpreter, torch, Ray and DeepSpeed in one worker; measured 1.0 to 1.3 GiB on the CPU.
+PROCESS_BYTES = 5 * GIB // 4
+#: Activations kept for the backward pass, a token of SmolLM2-135M's size; measured, scaled with the root of N.
+ACTIVATION_BYTES = 500_000
+MEASURED_NEURONS = 134_515_008
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training worker by stage, bytes of an engine, and bytes of disk in the store and the run."""
+
+    training: dict[str, int]
+    engine: int
+    disk: int
+
+
+def estimate(config: RunConfig, neurons: int) -> Estimate:
+    """Returns what the stages of `config` take for a model of `neurons` values."""
+
+    def worker(train: TrainConfig, k: float) -> int:
+        weight = 2 if train.dtype == "bfloat16" else 4
+        if k == 1 and train.dtype == "float32":
+            weight = 0  # a dense float32 weight shares its storage with the value
+        states = k * (16 + (4 if k < 1 else 0))
+        if config.trainer.zero_stage >= 1:
+            workers = config.trainer.workers if isinstance(config.trainer.workers, int) else config.trainer.workers[0]
+            states = k * (8 + (4 if k < 1 else 0) + 8 / workers)
+        scale = (neurons / MEASURED_NEURONS) ** 0.5
+        activations = config.trainer.micro_batch_tokens * ACTIVATION_BYTES * scale
+        if config.trainer.gradient_checkpointing:
+            activations /= 10
+        return int(neurons * (weight + states) + activations) + PROCESS_BYTES
+
+    training = {"warmup": worker(config.warmup, 1.0)}
+    disk = 2 * neurons + 4 * neurons  # aligned model, warm-up masters
+    if config.sft is not None:
+        training["sft"] = worker(config.sft, 1.0)
+        disk += 6 * neurons
+    if config.reward is not None and config.forget is not None:
+        training["reward"] = worker(config.reward, 1.0)
+        disk += 6 * neurons
+    if config.forget is not None:
+        training["forget"] = worker(config.forget, config.forget.k)
+        disk += int(8 * config.forget.k * neurons)
+    if config.learn is not None:
+        training["learn"] = worker(config.learn, config.learn.k)
+        disk += int(8 * config.learn.k * neurons)
+    for name, baseline in config.baselines.items():
+        training[f"baseline {name}"] = worker(baseline, baseline.k)
+        disk += int((4 if baseline.k == 1 else 8 * baseline.k) * neurons)
+    disk += 2 * neurons  # the model under evaluation, while it is
+    engine = 2 * neurons + int(config.engine.pool.kv_cache_gib * GIB) + PROCESS_BYTES
+    return Estimate(training, engine, disk)
+
+
+def check(config: RunConfig, needed: Estimate, store: Store) -> None:
+    """Compares an estimate with this machine, where the run stays on it and on the CPU.
+
+    Raises:
+        UserError: memory or disk does not suffice; says by how much, and what to change.
+    """
+    free = store.free_bytes()
+    if free is not None and needed.disk > free:
+        raise UserError(
+            f"store {store.root}: about {needed.disk / GIB:.1f} GiB will be written, {free / GIB:.1f} GiB are free. "
+            "Free some, or give another folder with --set store=..."
+        )
+    if config.cluster.address is not None or config.trainer.num_gpus or config.engine.pool.num_gpus:
+        return
+    stage, most = max(needed.training.items(), key=lambda item: item[1])
+    workers = config.trainer.workers if isinstance(config.trainer.workers, int) else config.trainer.workers[0]
+    available = psutil.virtual_memory().available
+    if most * workers > available:
+        raise UserError(
+            f"{stage} needs about {most * workers / GIB:.1f} GiB of memory ({workers} worker(s)), "
+            f"{available / GIB:.1f} GiB are available. Lower trainer.workers or trainer.micro_batch_tokens, set "
+            "trainer.gradient_checkpointing=true, or take a smaller model."
+        )

@@ -1,0 +1,33 @@
+"""Finds the neurons that moved most in the warm-up (Eq. 4): the exact global top k of |θ' - θ0|."""
+
+from __future__ import annotations
+
+from allo_ray.neurons.delta import iter_masters
+from allo_ray.neurons.select import select
+from allo_ray.stages.base import Context, Stage
+
+
+def run(ctx: Context) -> None:
+    """Writes selection.safetensors. Facts: neurons selected and in all, and both by tensor."""
+    start, tuned = ctx.model("start"), ctx.model("tuned")
+    options = ctx.settings["locate"]
+
+    def tensors():  # both models, tensor by tensor, in the same order
+        pairs = zip(iter_masters(start.base, start.layers), iter_masters(tuned.base, tuned.layers), strict=True)
+        for (name, before), (other, after) in pairs:
+            assert name == other, f"tensor order differs: {name}, {other}"
+            yield name, before, after
+
+    order = ("band", *options["band"]) if options["order"] == "band" else options["order"]
+    [selection] = select(
+        tensors, [ctx.settings["k"]], order=order, include=options["include"], seed=ctx.settings["seed"]
+    )
+    selection.save(ctx.out / "selection.safetensors")
+    ctx.facts.update(
+        selected=selection.count,
+        neurons=selection.total,
+        tensors={name: [selection.count_of(name), selection.size_of(name)] for name in selection.names},
+    )
+
+
+LOCATE = Stage("locate", 1, run)

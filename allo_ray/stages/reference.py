@@ -1,0 +1,25 @@
+"""Per-token log-probs of all pairs under the model that a stage starts from, by the training forward itself."""
+
+from __future__ import annotations
+
+from allo_ray.stages.base import Context, Stage
+from allo_ray.train.logprobs import compute_logprobs
+
+
+def run(ctx: Context) -> None:
+    """Writes the table `logprobs/`."""
+    start = ctx.model("start")
+    result = compute_logprobs(
+        base=start.base,
+        layers=start.layers,
+        pairs=ctx.file("pairs", "pairs.parquet"),
+        out=ctx.out / "logprobs",
+        dtype=ctx.settings["dtype"],
+        trainer=ctx.config.trainer,
+        progress=ctx.progress,
+    )
+    ctx.facts.update(result.facts)
+    ctx.startup_seconds = result.startup_seconds
+
+
+REFERENCE = Stage("reference", 1, run)

@@ -1,0 +1,40 @@
+"""A training job of a stage: where it starts, what it leaves, and which model the artifact then holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from allo_ray.config.train import TrainConfig
+from allo_ray.stages.base import Context, Stage
+from allo_ray.train.driver import train
+from allo_ray.train.job import DELTA, TrainJob
+
+
+def fit(
+    ctx: Context,
+    stage: Stage,
+    config: TrainConfig,
+    loss: str,
+    args: dict[str, Any],
+    rows: Path,
+    selection: str | None = None,
+) -> None:
+    """Trains from the model of the input `start`; `selection` names the input with the neurons (None: all)."""
+    start = ctx.model("start")
+    job = TrainJob(
+        base=start.base,
+        layers=start.layers,
+        selection=str(ctx.file(selection, "selection.safetensors")) if selection else None,
+        rows=str(rows),
+        loss=loss,
+        loss_args=args,
+        config=TrainConfig(**{name: getattr(config, name) for name in TrainConfig.model_fields}),
+        trainer=ctx.config.trainer,
+        out=str(ctx.out),
+        seed=ctx.settings["seed"],
+    )
+    result = train(job, ctx.progress)
+    ctx.startup_seconds = result.startup_seconds
+    ctx.facts.update(result.facts)
+    ctx.hand_on(start.base, start.masters, (*start.deltas, ctx.published(stage, DELTA)))

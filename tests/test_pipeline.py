@@ -1,0 +1,99 @@
+"""The graph runs what is missing, side by side where it can, and stops at the first failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allo_ray.config.load import load
+from allo_ray.config.run import RunConfig
+from allo_ray.pipeline import Node, plan, run
+from allo_ray.stages.base import Context, Stage
+from allo_ray.store import Store, local_path
+
+
+class Lines:
+    """Progress that keeps quiet and remembers."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.cached: list[str] = []
+
+    def stage(self, name: str, cached: bool = False) -> Any:
+        (self.cached if cached else self.started).append(name)
+        return self
+
+    def update(self, done: int, total: int, unit: str, **facts: Any) -> None: ...
+
+    def finish(self, name: str, seconds: float, startup_seconds: float) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load("qa")
+
+
+def _add(ctx: Context) -> None:
+    numbers = [int(ctx.file(role, "number").read_text()) for role in ctx.inputs]
+    (ctx.out / "number").write_text(str(sum(numbers) + ctx.settings["plus"]))
+    ctx.facts["seen"] = len(numbers)
+
+
+ADD = Stage("add", 1, _add)
+
+
+def _diamond(plus: int) -> list[Node]:
+    return [
+        Node("a", ADD, {"plus": 1}, {}),
+        Node("b", ADD, {"plus": 10}, {"left": "a"}),
+        Node("c", ADD, {"plus": plus}, {"left": "a"}),
+        Node("d", ADD, {"plus": 0}, {"left": "b", "right": "c"}),
+    ]
+
+
+def test_results_flow_along_the_graph_and_only_what_changed_runs_again(config: RunConfig, tmp_path: Path) -> None:
+    """a = 1, b = 1 + 10, c = 1 + 100, d = b + c = 112; with c's setting 200: d = 11 + 201 = 212."""
+    store, lines = Store(str(tmp_path)), Lines()
+    done = run(config, _diamond(100), store, lines)
+    assert local_path(done["d"].artifact.file("number")).read_text() == "112"
+    assert sorted(lines.started) == ["a", "b", "c", "d"]
+    again = Lines()
+    done = run(config, _diamond(200), store, again)
+    assert local_path(done["d"].artifact.file("number")).read_text() == "212"
+    assert (sorted(again.started), sorted(again.cached)) == (["c", "d"], ["a", "b"])
+    assert [item.artifact is not None for item in plan(_diamond(200), store)] == [True] * 4
+
+
+def test_independent_stages_run_at_the_same_time(config: RunConfig, tmp_path: Path) -> None:
+    """Each of two stages waits for the other: one after the other they would never get past the barrier."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(ctx: Context) -> None:
+        barrier.wait()
+
+    stage = Stage("meet", 1, meet)
+    nodes = [Node("one", stage, {"n": 1}, {}), Node("two", stage, {"n": 2}, {})]
+    assert len(run(config, nodes, Store(str(tmp_path)), Lines(), parallel=2)) == 2
+
+
+def test_a_failure_stops_the_run_but_not_what_runs_beside_it(config: RunConfig, tmp_path: Path) -> None:
+    def fail(ctx: Context) -> None:
+        raise ValueError("broken on purpose")
+
+    def slow(ctx: Context) -> None:
+        time.sleep(0.5)
+
+    nodes = [
+        Node("bad", Stage("bad", 1, fail), {}, {}),
+        Node("slow", Stage("slow", 1, slow), {}, {}),
+        Node("after", ADD, {"plus": 0}, {"left": "slow"}),
+    ]
+    store = Store(str(tmp_path))
+    with pytest.raises(ValueError, match="broken on purpose"):
+        run(config, nodes, store, Lines())
+    found = {item.node.name: item.artifact is not None for item in plan(nodes, store)}
+    assert found == {"bad": False, "slow": True, "after": False}

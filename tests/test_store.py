@@ -1,0 +1,101 @@
+"""Artifacts are published whole or not at all, once, and by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from allo_ray.errors import UserError
+from allo_ray.store import Store, local_path
+
+TOLD = {"facts": {"rows": 3}, "seconds": 1.5, "startup_seconds": 0.5}
+
+
+def test_a_key_depends_on_everything_that_decides_a_result(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    base = store.key("forget", 1, {"u": 0.95}, {"pairs": "aa"})
+    assert base == store.key("forget", 1, {"u": 0.95}, {"pairs": "aa"})
+    others = [
+        store.key("learn", 1, {"u": 0.95}, {"pairs": "aa"}),
+        store.key("forget", 2, {"u": 0.95}, {"pairs": "aa"}),
+        store.key("forget", 1, {"u": 0.9}, {"pairs": "aa"}),
+        store.key("forget", 1, {"u": 0.95}, {"pairs": "bb"}),
+    ]
+    assert len({base, *others}) == 5
+
+
+@pytest.mark.parametrize("url", ["{tmp}", "memory://store-{name}"])
+def test_published_artifacts_are_found(url: str, tmp_path: Path) -> None:
+    store = Store(url.format(tmp=tmp_path, name=tmp_path.name))
+    assert store.find("pairs", "k1") is None
+    (store.work_folder("pairs", "k1") / "deep").mkdir()
+    (store.work_folder("pairs", "k1") / "deep" / "pairs.txt").write_text("hello")
+    made = store.publish("pairs", "k1", TOLD)
+    found = store.find("pairs", "k1")
+    assert found == made
+    assert found is not None
+    assert (found.facts, found.seconds, found.startup_seconds) == ({"rows": 3}, 1.5, 0.5)
+    with store.files.open(found.file("deep/pairs.txt"), "rt") as file:
+        assert file.read() == "hello"
+
+
+def test_an_unfinished_stage_is_no_artifact_and_keeps_its_work(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (store.work_folder("sample", "k") / "shard-0").write_text("half")
+    again = Store(str(tmp_path))
+    assert again.find("sample", "k") is None
+    assert (again.work_folder("sample", "k") / "shard-0").read_text() == "half"
+
+
+def test_the_second_publication_leaves_the_first_in_place(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (store.work_folder("x", "k") / "who").write_text("first")
+    store.publish("x", "k", TOLD)
+    (store.work_folder("x", "k") / "who").write_text("second")
+    artifact = store.publish("x", "k", TOLD)
+    assert local_path(artifact.file("who")).read_text() == "first"
+
+
+def _hold(root: str, log: str) -> None:
+    store = Store(root)
+    with store.lease("x", "k"):
+        for word in ("in", "out"):
+            with open(log, "a") as file:
+                file.write(f"{word} {os.getpid()}\n")
+            time.sleep(0.3)
+
+
+def test_a_lease_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    spawn = multiprocessing.get_context("spawn")
+    holders = [spawn.Process(target=_hold, args=(str(tmp_path / "store"), str(log))) for _ in range(3)]
+    for holder in holders:
+        holder.start()
+    for holder in holders:
+        holder.join(60)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert len(lines) == 6
+    for (entered, first), (left, second) in zip(lines[::2], lines[1::2], strict=True):
+        assert (entered, left, first) == ("in", "out", second)
+
+
+def test_the_lease_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    dead = {"owner": "gone", "host": os.uname().nodename, "pid": 2**22 + 1, "time": time.time()}
+    leases = tmp_path / ".leases"
+    leases.mkdir()
+    (leases / "x-k.json").write_text(json.dumps(dead))
+    start = time.monotonic()
+    with store.lease("x", "k"):
+        assert time.monotonic() - start < 5
+
+
+def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="written in format 99"):
+        Store(str(tmp_path))
