@@ -1,0 +1,261 @@
+"""vLLM behind the engine interface.
+
+One thread owns the engine: it is built, stepped and reloaded there, because OpenMP gives every calling thread a pool
+of its own and vLLM binds only the first. Requests of several callers run together, so that one caller's last long
+responses share the steps with the next caller's first ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from allo_ray.config.engine import EngineConfig
+from allo_ray.engines.base import Completion, EngineDied, GenerateRequest, Sampling, ScoreRequest, model_facts
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+#: Tokens of a block of the key-value cache. Only whole blocks of a prompt are shared between its samples.
+BLOCK_TOKENS = 32
+
+
+def vllm_environment(config: EngineConfig) -> dict[str, str]:
+    """Environment variables of a process in which a vLLM engine runs; they must be there before vllm is imported."""
+    told = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.pool.num_gpus == 0:
+        # The engine runs inside the actor's own process; a process of its own would cost 20 s more to start.
+        told["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Without this the first prompt log-probs compile a kernel for 20 s.
+        told["TORCHDYNAMO_DISABLE"] = "1"
+    return told
+
+
+@dataclass
+class _Request:
+    """One request on its way: where its output goes."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    done: Future[RequestOutput]
+
+
+class VllmEngine:
+    """See `allo_ray.engines.base.Engine`."""
+
+    def __init__(self, config: EngineConfig, model: str) -> None:
+        started = time.monotonic()
+        for name, value in vllm_environment(config).items():
+            os.environ.setdefault(name, value)
+        self._config = config
+        longest = model_facts(model).get("max_position_embeddings", config.max_model_len)
+        self.max_model_len = min(config.max_model_len, longest)
+        self._inbox: queue.SimpleQueue[_Request | tuple[Callable[[], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._pending: dict[str, Future[RequestOutput]] = {}
+        self._numbers = itertools.count()
+        self._cached_tokens = self._prompt_tokens = 0
+        self._ready: Future[None] = Future()
+        self._died: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(model, longest), daemon=True, name="vllm")
+        self._thread.start()
+        self._ready.result()
+        self.startup_seconds = time.monotonic() - started
+
+    def generate(self, requests: Sequence[GenerateRequest], sampling: Sampling) -> list[Completion]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        def params(request: GenerateRequest) -> SamplingParams:
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p if sampling.temperature else 1.0,
+                max_tokens=min(sampling.max_tokens, self.max_model_len - len(request.prompt_ids)),
+                stop=list(sampling.stop),
+                seed=request.seed if sampling.temperature else None,
+                ignore_eos=sampling.ignore_eos,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+
+        outputs = self._submit([(list(request.prompt_ids), params(request)) for request in requests])
+        answers = [output.outputs[0] for output in outputs]
+        return [
+            Completion(list(answer.token_ids), answer.text, str(answer.finish_reason)) for answer in answers
+        ]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        whole = [[*request.context_ids, *request.response_ids] for request in requests]
+        outputs = self._submit([(ids, params) for ids in whole])
+        return [
+            _response_logprobs(output, request) for output, request in zip(outputs, requests, strict=True)
+        ]
+
+    def load_weights(self, folder: str) -> None:
+        self._call(lambda: self._load_weights(folder))
+
+    def gauges(self) -> dict[str, float]:
+        scheduler = self._scheduler
+        return {
+            "running": len(scheduler.running) if scheduler else 0,
+            "waiting": len(scheduler.waiting) if scheduler else 0,
+            "cached_tokens": self._cached_tokens,
+            "prompt_tokens": self._prompt_tokens,
+        }
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _submit(self, prompts: list[tuple[list[int], SamplingParams]]) -> list[RequestOutput]:
+        requests = [_Request(ids, params, Future()) for ids, params in prompts]
+        for request in requests:
+            self._inbox.put(request)
+        self._check()
+        return [request.done.result() for request in requests]
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        done: Future[Any] = Future()
+        self._inbox.put((function, done))
+        self._check()
+        return done.result()
+
+    def _check(self) -> None:
+        # After the put: whoever puts before the engine dies is failed by its thread, whoever puts after it is here.
+        if self._died is not None:
+            raise EngineDied(f"vLLM stopped: {self._died!r}") from self._died
+
+    # What follows runs in the engine's own thread.
+
+    def _run(self, model: str, longest: int) -> None:
+        try:
+            self._engine = self._start(model, longest)
+            core = getattr(self._engine.engine_core, "engine_core", None)
+            self._scheduler: Any = core.scheduler if core is not None else None
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            while self._take():
+                for output in self._engine.step():
+                    if output.finished:
+                        self._prompt_tokens += len(output.prompt_token_ids or ())
+                        self._cached_tokens += output.num_cached_tokens or 0
+                        self._pending.pop(output.request_id).set_result(output)
+        except BaseException as error:
+            self._died = error
+        else:
+            self._died = EngineDied("closed")
+        self._fail_rest()
+
+    def _take(self) -> bool:
+        """Takes what waits in the inbox; blocks while there is nothing to step. False once closed."""
+        while True:
+            idle = not self._engine.has_unfinished_requests()
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            if isinstance(item, _Request):
+                self._add(item)
+                continue
+            function, done = item
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+    def _add(self, request: _Request) -> None:
+        name = str(next(self._numbers))
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": request.prompt_ids}, request.params)
+        except ValueError as error:
+            request.done.set_exception(error)
+            return
+        self._pending[name] = request.done
+
+    def _fail_rest(self) -> None:
+        waiting = list(self._pending.values())
+        while True:
+            try:
+                item = self._inbox.get(block=False)
+            except queue.Empty:
+                break
+            if item is not None:
+                waiting.append(item.done if isinstance(item, _Request) else item[1])
+        for done in waiting:
+            done.set_exception(EngineDied(f"vLLM stopped: {self._died!r}"))
+
+    def _start(self, model: str, longest: int) -> LLMEngine:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        pool, cpu = self._config.pool, self._config.pool.num_gpus == 0
+        arguments: dict[str, Any] = dict(
+            model=model,
+            dtype=self._config.dtype,
+            # One more than asked for: scoring a full-length row generates a token that nobody reads.
+            max_model_len=min(self.max_model_len + 1, longest),
+            max_num_batched_tokens=max(pool.max_num_batched_tokens, pool.max_num_seqs),
+            max_num_seqs=pool.max_num_seqs,
+            tensor_parallel_size=pool.tensor_parallel,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
+            generation_config="vllm",
+        )
+        if cpu:
+            arguments |= dict(
+                enforce_eager=True,
+                kv_cache_memory_bytes=int(pool.kv_cache_gib * 2**30),
+                block_size=BLOCK_TOKENS,
+            )
+        else:
+            arguments |= dict(gpu_memory_utilization=pool.gpu_memory_utilization)
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+    def _load_weights(self, folder: str) -> None:
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    self._pending.pop(output.request_id).set_result(output)
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        assert self._engine.reset_prefix_cache(), "blocks of the old weights are still held"
+
+
+def _response_logprobs(output: RequestOutput, request: ScoreRequest) -> np.ndarray:
+    """Cuts the response's part [R] out of the log-probs of the whole prompt [T]."""
+    told: Any = output.prompt_logprobs
+    first = len(request.context_ids)
+    starts = told.start_indices[first:]
+    assert len(starts) == len(request.response_ids)
+    # The first entry of a position is the token that stands there.
+    return np.array([told.logprobs[start] for start in starts], dtype=np.float32)
