@@ -1,0 +1,168 @@
+"""Training as a Ray job: Ray Train workers around the loop, DeepSpeed inside them, rows streamed by Ray Data.
+
+Every worker gets the whole ordered stream of rows and keeps its share of each global batch (rows.py): so global batches
+depend neither on the number of workers nor on restarts. A worker that dies is replaced, and all go on from the last
+checkpoint; a driver that dies goes on from it when the same job is run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from allo_ray import tables
+from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.errors import UserError
+from allo_ray.train.job import CLAIM, DELTA, FACTS, HEARTBEAT, METRICS, RESULT, RUN, ProgressLine, TrainJob, TrainResult
+
+#: Seconds between two looks at the workers; Ray's own 2 s are felt at the start and end of every short stage.
+_HEALTH_CHECK_SECONDS = "0.25"
+
+
+def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
+    """Trains one stage on the running Ray cluster.
+
+    Writes `out/delta.safetensors` (fp32 masters of the trained neurons), `out/metrics.parquet` (METRICS) and
+    `out/train.json`. If `out` holds checkpoints of an interrupted run of the same job, it goes on from the last one.
+
+    Raises:
+        UserError: rows are missing or of another table; the selection or a layer does not belong to the model; a loss
+            or a gradient is not finite.
+        ray.train.TrainingFailedError: workers failed more than `trainer.max_failures` times.
+    """
+    called = time.time()
+    out = Path(job.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    count = _count_rows(job.rows)
+    steps = math.ceil(count / job.config.batch_size)
+    _claim(job, out)
+    final = out / RUN / RESULT
+    if not (final / FACTS).exists():
+        with _Heartbeat(out / HEARTBEAT, steps, progress):
+            _fit(job, out, steps)
+    told = json.loads((final / FACTS).read_text())
+    if told.get("error"):
+        shutil.rmtree(final)
+        raise UserError(told["error"])
+    metrics = told.pop("metrics")
+    tables.METRICS.write(metrics, out / METRICS)
+    os.replace(final / DELTA, out / DELTA)
+    facts = {
+        **told,
+        "rows": count,
+        "startup_seconds": told.pop("first_batch_at") - called,
+        "seconds": time.time() - called,
+        "loss": job.loss,
+        "loss_args": job.loss_args,
+        "config": job.config.model_dump(),
+        "trainer": job.trainer.model_dump(),
+    }
+    (out / FACTS).write_text(json.dumps(facts, indent=1))
+    shutil.rmtree(out / RUN, ignore_errors=True)
+    (out / HEARTBEAT).unlink(missing_ok=True)
+    (out / CLAIM).unlink(missing_ok=True)
+    return TrainResult(out / DELTA, out / METRICS, facts)
+
+
+def _claim(job: TrainJob, out: Path) -> None:
+    """Notes what is trained in `out`; checkpoints of anything else are removed. Resources may change between runs."""
+    told = asdict(job) | {"config": job.config.model_dump(mode="json"), "trainer": None, "out": None}
+    content = json.dumps(told, sort_keys=True)
+    claim = out / CLAIM
+    if not claim.exists() or claim.read_text() != content:
+        shutil.rmtree(out / RUN, ignore_errors=True)
+        claim.write_text(content)
+
+
+def _count_rows(path: str) -> int:
+    files = tables.TRAIN_ROWS.files(path)
+    if not files:
+        raise UserError(f"{path}: no training rows there.")
+    for file in files:
+        tables.TRAIN_ROWS.check(pq.read_schema(file), file)
+    count = sum(pq.read_metadata(file).num_rows for file in files)
+    if count == 0:
+        raise UserError(f"{path}: the table of training rows is empty. See the list of dropped rows for the reason.")
+    return count
+
+
+def _fit(job: TrainJob, out: Path, steps: int) -> None:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
+    import ray.data
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    rows = ray.data.read_parquet(job.rows, columns=tables.TRAIN_ROWS.schema.names)
+    gpu = job.trainer.num_gpus > 0
+    settings = asdict(job) | {"config": job.config.model_dump(), "trainer": job.trainer.model_dump()}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": settings, "steps": steps, "out": str(out)},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.trainer.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": job.trainer.num_cpus, **({"GPU": job.trainer.num_gpus} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=RUN,
+            storage_path=str(out),
+            failure_config=FailureConfig(max_failures=job.trainer.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+        datasets={"rows": rows},
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
+    )
+    trainer.fit()
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+
+    described = settings["job"]
+    job = TrainJob(
+        **described
+        | {"config": TrainConfig(**described["config"]), "trainer": TrainerConfig(**described["trainer"])}
+    )
+    from allo_ray.train.worker import run_worker
+
+    run_worker(job, settings["steps"], Path(settings["out"]), ray.train.get_dataset_shard("rows"))
+
+
+class _Heartbeat:
+    """Passes what rank 0 writes about the run on to the progress line, until the block ends."""
+
+    def __init__(self, file: Path, steps: int, progress: ProgressLine | None) -> None:
+        self.file, self.steps, self.progress = file, steps, progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        if self.progress is not None:
+            self.progress.update(0, self.steps, "step")
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        assert self.progress is not None
+        while not self._stop.wait(0.5):
+            try:
+                told = json.loads(self.file.read_text())
+            except (OSError, ValueError):  # not there yet, or just being replaced
+                continue
+            self.progress.update(told.pop("done"), self.steps, "step", **told)

@@ -1,0 +1,67 @@
+"""What a training job is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from allo_ray.config.train import TrainConfig, TrainerConfig
+
+#: Files of a finished job, in its `out` folder.
+DELTA, METRICS, FACTS = "delta.safetensors", "metrics.parquet", "train.json"
+#: What rank 0 says of a running job, for the progress line; in the `out` folder.
+HEARTBEAT = "progress.json"
+#: Folder of the running job's checkpoints, under `out`; gone when the job is done.
+RUN = "run"
+#: The last of them, which holds the results.
+RESULT = "result"
+#: What is trained in `out`, so that checkpoints of another job are not taken for this one's.
+CLAIM = "job.json"
+
+
+class ProgressLine(Protocol):
+    """A live line for the user."""
+
+    def update(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        """`done` of `total` units are finished."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One trained stage.
+
+    Attributes:
+        base: folder of the model whose weights everything starts from.
+        layers: delta files (fp32 masters) over it, applied in order.
+        selection: file of the neurons to train; None trains all of them.
+        rows: TRAIN_ROWS table, a Parquet file or a folder of them, in the order of training.
+        loss: name in `losses.registry.LOSSES`, with its hyper-parameters in `loss_args`.
+        out: folder for the results, reachable from every worker.
+    """
+
+    base: str
+    layers: tuple[str, ...]
+    selection: str | None
+    rows: str
+    loss: str
+    config: TrainConfig
+    trainer: TrainerConfig
+    out: str
+    loss_args: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the results lie. `facts` is what train.json holds."""
+
+    delta: Path
+    metrics: Path
+    facts: dict[str, Any]
+
+    @property
+    def startup_seconds(self) -> float:
+        """Seconds from the call until the first batch began."""
+        return self.facts["startup_seconds"]

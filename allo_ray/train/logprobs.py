@@ -1,0 +1,163 @@
+"""Reference log-probs: per response token, in float32, by the forward pass and in the dtype that training uses.
+
+So the log-ratios of the first training step are 0, which those of another engine would not be. The model that a stage
+starts from is asked once; no reference model is in memory while training.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from allo_ray import tables
+from allo_ray.config.train import TrainerConfig
+from allo_ray.errors import UserError
+from allo_ray.train.batching import pack
+from allo_ray.train.forward import Policy, load_model
+from allo_ray.train.job import ProgressLine
+from allo_ray.train.process import masters_of, prepare_process
+from allo_ray.train.rows import Row, micro_batches
+
+COLUMNS = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
+#: Pairs of a shard: also the step at which an interrupted job goes on.
+SHARD_ROWS = 512
+
+
+@dataclass(frozen=True)
+class LogprobsResult:
+    """`facts`: pairs, tokens, seconds. `startup_seconds`: from the call until the first pair was computed."""
+
+    facts: dict[str, Any]
+    startup_seconds: float
+
+
+def compute_logprobs(
+    base: str,
+    layers: tuple[str, ...],
+    pairs: str | Path,
+    out: str | Path,
+    dtype: str,
+    trainer: TrainerConfig,
+    progress: ProgressLine | None = None,
+) -> LogprobsResult:
+    """Writes the table LOGPROBS of all `pairs` (PAIRS) under the model `base` with `layers`, as shards in `out`.
+
+    Shards that are there are kept: a job run again does what is missing.
+
+    Raises:
+        UserError: no pairs there; a log-prob is not finite (names the pairs).
+    """
+    import ray.data
+
+    called = time.time()
+    out = Path(out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    files = tables.PAIRS.files(pairs)
+    if not files:
+        raise UserError(f"{pairs}: no pairs there.")
+    total = sum(pq.read_metadata(file).num_rows for file in files)
+    workers = trainer.workers if isinstance(trainer.workers, int) else trainer.workers[1]
+    shards = ray.data.read_parquet(str(pairs), columns=list(COLUMNS)).map_batches(
+        LogprobActor,
+        fn_constructor_kwargs={
+            "base": base,
+            "layers": layers,
+            "out": str(out),
+            "dtype": dtype,
+            "trainer": trainer.model_dump(),
+        },
+        batch_size=min(SHARD_ROWS, max(1, -(-total // workers))),
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=trainer.num_cpus,
+        num_gpus=trainer.num_gpus or None,
+    )
+    shards.context.execution_options.preserve_order = True
+    done = tokens = 0
+    first = float("inf")
+    for told in shards.iter_rows():
+        if told["error"]:
+            raise UserError(told["error"])
+        done, tokens, first = done + told["pairs"], tokens + told["tokens"], min(first, told["began_at"])
+        if progress is not None:
+            progress.update(done, total, "pair")
+    seconds = time.time() - called
+    return LogprobsResult({"pairs": done, "tokens": tokens, "seconds": seconds}, first - called)
+
+
+class LogprobActor:
+    """Holds the model; turns a batch of pairs into a shard and returns one row about it."""
+
+    def __init__(self, base: str, layers: tuple[str, ...], out: str, dtype: str, trainer: dict[str, Any]) -> None:
+        self.trainer = TrainerConfig(**trainer)
+        gpu = self.trainer.num_gpus > 0
+        prepare_process(self.trainer.threads, gpu)
+        self.device = torch.device("cuda" if gpu else "cpu")
+        model = load_model(base, getattr(torch, dtype))
+        weights = dict(model.named_parameters())
+        masters = masters_of(base, layers)
+        with torch.no_grad():
+            for name, master in masters.items() if isinstance(masters, dict) else masters or ():
+                if name in weights:
+                    weights[name].copy_(master)
+        self.policy = Policy(model.to(self.device))
+        self.out = Path(out)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        began = time.time()
+        ids = batch.column("id").to_pylist()
+        file = self.out / f"{tables.content_id(*ids)}.parquet"
+        tokens, error = 0, ""
+        if not file.exists():
+            rows = pair_rows(batch)
+            found, tokens = logprobs_of(self.policy, rows, self.trainer.micro_batch_tokens, self.device)
+            broken = [row.id for row, (c, r) in zip(rows, found, strict=True) if not np.isfinite([c.sum(), r.sum()]).all()]
+            if broken:
+                error = (
+                    f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs and "
+                    "at the model, or compute in float32."
+                )
+            else:
+                part = file.with_suffix(f".{os.getpid()}.part")
+                tables.LOGPROBS.write(
+                    [{"id": row.id, "chosen": c, "rejected": r} for row, (c, r) in zip(rows, found, strict=True)], part
+                )
+                os.replace(part, file)
+        return pa.table({"pairs": [len(ids)], "tokens": [tokens], "began_at": [began], "error": [error]})
+
+
+def pair_rows(pairs: pa.Table) -> list[Row]:
+    """Rows without references or weights of a table with the columns `COLUMNS`."""
+    none = np.zeros(0, dtype=np.float32)
+    columns = [pairs.column(name).to_pylist() for name in COLUMNS]
+    return [
+        Row(at, name, *(np.asarray(ids, dtype=np.int32) for ids in sequences), none, none, none)
+        for at, (name, *sequences) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+@torch.no_grad()
+def logprobs_of(
+    policy: Policy, rows: list[Row], budget: int, device: torch.device
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """Log-probs (chosen, rejected) of each row, float32, nats, and the number of tokens read."""
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    tokens = 0
+    for part in micro_batches(rows, "pair", workers=1, worker=0, budget=budget):
+        packed = pack(part, "pair")
+        tokens += len(packed.tokens)
+        answers = policy(packed.to(device)).cpu().numpy()
+        start = 0
+        for row in part:
+            middle, end = start + len(row.chosen), start + len(row.chosen) + len(row.rejected)
+            found[row.position] = (answers[start:middle], answers[middle:end])
+            start = end
+    return [found[row.position] for row in rows], tokens

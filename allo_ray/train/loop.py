@@ -1,0 +1,198 @@
+"""The training loop: plain torch, no Ray, no DeepSpeed. One loop for every method.
+
+Shapes: B instances of a global batch, R response tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from allo_ray.config.train import TrainConfig
+from allo_ray.errors import UserError
+from allo_ray.losses.base import LossInputs, LossOutput
+from allo_ray.losses.registry import LOSSES
+from allo_ray.train.batching import Packed, pack
+from allo_ray.train.checkpoint import Progress
+from allo_ray.train.rows import Row, Side, micro_batches
+from allo_ray.train.updater import Updater
+
+#: Means over the instances (or tokens) of a global batch that losses may report; columns of METRICS.
+REPORTED = ("chosen_logratio", "rejected_logratio", "margin", "accuracy", "kept")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, apart from the model.
+
+    Attributes:
+        loss: name in `losses.registry.LOSSES`, with its hyper-parameters.
+        steps: global batches of the whole run, from which the schedule follows.
+        worker, workers: this process and how many there are.
+        micro_batch_tokens: see `rows.micro_batches`.
+        checkpoint_every: global batches between two calls of `save`; 0: none.
+    """
+
+    loss: str
+    loss_args: dict[str, Any]
+    config: TrainConfig
+    steps: int
+    micro_batch_tokens: int
+    worker: int = 0
+    workers: int = 1
+    checkpoint_every: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def side(self) -> Side:
+        """Which responses the loss reads."""
+        return LOSSES[self.loss].side
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0) of `steps`: linear warm-up to `lr`, which it first has at the last warm-up step,
+    then a half cosine that would reach 0 at step `steps`."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def run(
+    updater: Updater,
+    plan: Plan,
+    batches: Iterable[list[Row]],
+    progress: Progress,
+    add_up: Callable[[torch.Tensor], None] = lambda sums: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Trains on global batches from `progress.step` on and returns where it ended.
+
+    Args:
+        batches: global batches, the first being number `progress.step`, with all rows, also other workers'.
+        add_up: adds a float64 vector over the workers, in place.
+        on_step: called after each step.
+        save: called every `plan.checkpoint_every` steps, not after the last.
+
+    Raises:
+        UserError: a loss or gradient is not finite; names the rows. Raised by every worker, before the values change.
+    """
+    waiting = _prepared(batches, plan)
+    for rows, packed in waiting:
+        started = time.monotonic()
+        lr = learning_rate(plan.config, progress.step, plan.steps)
+        if packed is None:
+            progress.skipped += 1
+            row = dict.fromkeys(("loss", "grad_norm", *REPORTED)) | {"tokens": 0}
+        else:
+            row = _step(updater, plan, rows, packed, lr, progress.step, add_up)
+        seconds = time.monotonic() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        progress.metrics.append({"step": progress.step, "lr": lr, **row, "seconds": seconds, "peak_rss": peak})
+        progress.step += 1
+        on_step(progress)
+        if plan.checkpoint_every and progress.step % plan.checkpoint_every == 0 and progress.step < plan.steps:
+            save(progress)
+    return progress
+
+
+def _prepared(
+    batches: Iterable[list[Row]], plan: Plan
+) -> Iterator[tuple[list[Row], list[Packed | None] | None]]:
+    """Packs this worker's share; None in the place of a batch without a weighted token in any worker's share."""
+    for rows in batches:
+        if not any(row.weighted(plan.side) for row in rows):
+            yield rows, None
+            continue
+        mine = micro_batches(rows, plan.side, plan.workers, plan.worker, plan.micro_batch_tokens)
+        # A worker without rows still takes part in the collective calls, with a row whose loss counts nothing.
+        yield rows, [pack(part, plan.side) if part else None for part in mine]
+
+
+def _step(
+    updater: Updater,
+    plan: Plan,
+    rows: list[Row],
+    parts: list[Packed | None],
+    lr: float,
+    step: int,
+    add_up: Callable[[torch.Tensor], None],
+) -> dict[str, Any]:
+    spec = LOSSES[plan.loss]
+    sums = torch.zeros(5 + 2 * len(REPORTED), dtype=torch.float64)
+    broken: list[str] = []
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if part is None:
+            idle = pack(rows[:1], plan.side).to(plan.device)
+            updater.backward(updater.forward(idle).sum() * 0.0, last)
+            continue
+        part = part.to(plan.device)
+        policy = updater.forward(part)
+        output = spec.function(_inputs(part, policy), **plan.loss_args)
+        if not math.isfinite(output.sum.item()):
+            broken += _blame(part, policy, plan.side)
+            sums[4] = 1
+            # The backward pass still takes place: the other workers wait in its collective calls.
+        updater.backward(output.sum, last)
+        _count(sums, output, part)
+    add_up(sums)
+    loss_sum, count, tokens, read, failed = sums[:5].tolist()
+    if failed:
+        raise UserError(_not_finite("loss", step, broken or [row.id for row in rows], lr))
+    divisor = count if plan.config.normalize == "instances" else tokens
+    norm = updater.update(divisor, lr)
+    if not math.isfinite(norm):
+        raise UserError(_not_finite("gradient", step, [row.id for row in rows], lr))
+    means = {
+        name: total / number if number else None
+        for name, total, number in zip(REPORTED, sums[5::2].tolist(), sums[6::2].tolist(), strict=True)
+    }
+    return {"loss": loss_sum / divisor, "grad_norm": norm, **means, "tokens": int(read)}
+
+
+def _inputs(part: Packed, policy: torch.Tensor) -> LossInputs:
+    return LossInputs(
+        policy=policy,
+        reference=part.reference,
+        weight=part.weight,
+        sequence=part.sequence,
+        sequences=part.sequences,
+    )
+
+
+def _count(sums: torch.Tensor, output: LossOutput, part: Packed) -> None:
+    """sums: loss, instances, weighted tokens, tokens read, broken, then (total, number) of each reported metric."""
+    sums[:4] += torch.tensor(
+        [float(output.sum.detach()), float(output.count), float(output.tokens), len(part.tokens)], dtype=torch.float64
+    )
+    for at, name in enumerate(REPORTED):
+        if name in output.metrics:
+            total, number = output.metrics[name]
+            sums[5 + 2 * at] += float(total)
+            sums[6 + 2 * at] += float(number)
+
+
+def _blame(part: Packed, policy: torch.Tensor, side: Side) -> list[str]:
+    """Ids of the rows whose log-probs or references are not finite; all of them if it is none of these."""
+    bad = ~(policy.detach().isfinite() & part.reference.isfinite() & part.weight.isfinite())
+    numbers = part.sequence[bad].unique().tolist()
+    found = sorted({number // 2 if side == "pair" else number for number in numbers})
+    return [part.ids[at] for at in found] or list(part.ids)
+
+
+def _not_finite(what: str, step: int, ids: list[str], lr: float) -> str:
+    shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+    return (
+        f"step {step}: the {what} is not finite at the rows {shown}. Nothing was changed. Look at these rows, "
+        f"lower the learning rate ({lr:.3g} now), or train in float32."
+    )

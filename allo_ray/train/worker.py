@@ -1,0 +1,190 @@
+"""One training worker: builds the policy, finds its place in the run, trains, reports. Runs inside Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pyarrow.fs import LocalFileSystem
+
+from allo_ray.errors import UserError
+from allo_ray.neurons import delta
+from allo_ray.neurons.parametrize import Neurons, attach
+from allo_ray.neurons.selection import Selection
+from allo_ray.train import checkpoint
+from allo_ray.train.forward import Policy, load_model
+from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, RESULT, RUN, TrainJob
+from allo_ray.train.loop import Plan, run
+from allo_ray.train.process import masters_of, prepare_process
+from allo_ray.train.rows import Row, global_batches
+from allo_ray.train.updater import PlainUpdater, Updater
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build(job: TrainJob, device: torch.device) -> tuple[Policy, Neurons]:
+    """Loads the model, lays the fp32 masters over it, and attaches the selected neurons.
+
+    Raises:
+        UserError: the selection or a layer does not belong to the model.
+    """
+    model = load_model(job.base, DTYPES[job.config.dtype], job.trainer.gradient_checkpointing).to(device)
+    selection = Selection.of_model(model) if job.selection is None else Selection.load(job.selection)
+    neurons = attach(model, selection, masters_of(job.base, job.layers))
+    return Policy(model), neurons
+
+
+def run_worker(job: TrainJob, steps: int, out: Path, shard: Any) -> None:
+    """Trains to the end and reports the result; an error of the user's is reported too, since a retry would not help."""
+    import ray.train
+
+    context = ray.train.get_context()
+    gpu = job.trainer.num_gpus > 0
+    prepare_process(job.trainer.threads, gpu)
+    torch.manual_seed(job.seed)
+    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    plan = Plan(
+        loss=job.loss,
+        loss_args=job.loss_args,
+        config=job.config,
+        steps=steps,
+        micro_batch_tokens=job.trainer.micro_batch_tokens,
+        worker=context.get_world_rank(),
+        workers=context.get_world_size(),
+        checkpoint_every=job.trainer.checkpoint_every,
+        device=device,
+    )
+    reporter = _Reporter(out, plan)
+    try:
+        policy, neurons = build(job, device)
+        updater = _make_updater(policy, neurons, job)
+        progress = _resume(updater)
+        reporter.updater = updater
+        batches = reporter.clocked(global_batches(_stream(shard), job.config.batch_size, progress.step))
+        progress = run(updater, plan, batches, progress, _add_up(device), reporter.on_step, reporter.save)
+    except UserError as error:
+        reporter.finish({"error": str(error)})
+        return
+    state = updater.state()
+    facts = {
+        "steps": progress.step,
+        "skipped_batches": progress.skipped,
+        "neurons": neurons.count,
+        "neurons_total": neurons.selection.total,
+        "workers": plan.workers,
+        "first_batch_at": reporter.first_batch_at,
+        "metrics": progress.metrics,
+    }
+    reporter.finish(facts, state, neurons)
+
+
+def _make_updater(policy: Policy, neurons: Neurons, job: TrainJob) -> Updater:
+    from allo_ray.train.zero import ZeroUpdater
+
+    return ZeroUpdater(policy, neurons, job.config, job.trainer)
+
+
+def _stream(shard: Any) -> Iterator[pa.Table]:
+    yield from shard.iter_batches(batch_size=512, batch_format="pyarrow", prefetch_batches=1)
+
+
+def _resume(updater: Updater) -> checkpoint.Progress:
+    import ray.train
+
+    found = ray.train.get_checkpoint()
+    if found is None:
+        return checkpoint.Progress()
+    with found.as_directory() as folder:
+        state, progress = checkpoint.load(Path(folder))
+    updater.load(state)
+    return progress
+
+
+def _add_up(device: torch.device):
+    """Sums a float64 vector over the workers."""
+
+    def add_up(sums: torch.Tensor) -> None:
+        if torch.distributed.get_world_size() > 1:
+            moved = sums.to(device)
+            torch.distributed.all_reduce(moved)
+            sums.copy_(moved)
+
+    return add_up
+
+
+class _Reporter:
+    """Checkpoints, heartbeat and result of this worker."""
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        self.out, self.plan = out, plan
+        self.updater: Updater | None = None
+        self.first_batch_at = 0.0
+        self._told_at = 0.0
+
+    def clocked(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
+        """The same batches; notes when the first one arrives."""
+        for batch in batches:
+            self.first_batch_at = self.first_batch_at or time.time()
+            yield batch
+
+    def on_step(self, progress: checkpoint.Progress) -> None:
+        """Tells the driver how far the run is, at most twice a second."""
+        if self.plan.worker != 0 or time.monotonic() - self._told_at < 0.5:
+            return
+        self._told_at = time.monotonic()
+        last = progress.metrics[-1]
+        told = {"done": progress.step, "loss": last["loss"], "tokens_per_second": last["tokens"] / last["seconds"]}
+        waiting = self.out / (HEARTBEAT + ".new")
+        waiting.write_text(json.dumps(told))
+        os.replace(waiting, self.out / HEARTBEAT)
+
+    def save(self, progress: checkpoint.Progress) -> None:
+        """Hands a checkpoint to Ray Train, which stores it beside the next steps."""
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        assert self.updater is not None
+        state, reached = self.updater.state(), progress.snapshot()
+        if state is None:
+            ray.train.report({"step": reached.step})
+            return
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            folder = self.out / RUN / name
+            checkpoint.save(folder, state, reached)
+            return Checkpoint(str(folder), LocalFileSystem())
+
+        ray.train.report(
+            {"step": reached.step},
+            checkpoint=Checkpoint.from_directory(str(self.out)),
+            checkpoint_dir_name=f"step-{reached.step:08d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=write,
+            delete_local_checkpoint_after_upload=False,
+        )
+
+    def finish(
+        self, facts: dict[str, Any], state: dict[str, torch.Tensor] | None = None, neurons: Neurons | None = None
+    ) -> None:
+        """Reports the result as the run's last checkpoint; every worker has to call it."""
+        import ray.train
+        from ray.train import Checkpoint
+
+        if self.plan.worker != 0:
+            ray.train.report({})
+            return
+        folder = Path(tempfile.mkdtemp(prefix="allo-result-"))
+        if state is not None and neurons is not None:
+            values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
+            delta.save(folder / DELTA, values, neurons.selection)
+        (folder / FACTS).write_text(json.dumps(facts))
+        ray.train.report({}, checkpoint=Checkpoint.from_directory(str(folder)), checkpoint_dir_name=RESULT)
+        shutil.rmtree(folder, ignore_errors=True)
