@@ -11,7 +11,8 @@ from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
 from allo_ray.models import neurons_of
-from allo_ray.report.terminal import Progress, closing_table
+from allo_ray.report.content import Comparison, ModelScores
+from allo_ray.report.terminal import Progress, closing
 from allo_ray.results import Run
 from allo_ray.session import cluster
 from allo_ray.store import Store
@@ -31,7 +32,7 @@ def align(config: RunConfig, console: Console | None = None) -> Run:
     run = results.finished(config, {item.node.name: item.key for item in planned})
     if run is not None and all(item.artifact is not None for item in planned):
         console.print(f"Nothing to do: {run.folder} holds this run already.")
-        closing_table(console, run.summary)
+        show(run, console)
         return run
     check(config, store)
     with cluster(config.cluster, max(config.trainer.num_gpus, config.engine.pool.num_gpus)):
@@ -39,8 +40,18 @@ def align(config: RunConfig, console: Console | None = None) -> Run:
         with Progress(console) as lines:
             done = pipeline.run(config, nodes, store, lines, parallel=config.cluster.parallel_stages)
     run = results.write(config, done, store, time.perf_counter() - started, connected)
-    closing_table(console, run.summary)
+    show(run, console)
     return run
+
+
+def show(run: Run, console: Console) -> None:
+    """Prints the closing table of a finished run."""
+    scores = [
+        ModelScores(label, suite, told["correct"], told["n"], told["low"], told["high"])
+        for label, suites in run.summary["models"].items()
+        for suite, told in suites.items()
+    ]
+    closing(console, scores, [Comparison(**told) for told in run.summary["comparisons"]], run.summary["paths"])
 
 
 def check(config: RunConfig, store: Store) -> None:

@@ -50,11 +50,12 @@ def graph(config: RunConfig) -> list[Node]:
     model = {**part(config.model), "content": source_fingerprint(config.model)}
     backbone = add("model", MODEL, {"model": model})
     if config.data.kind == "prompts":
-        add("prompts", PROMPTS, {"data": source(config.data)}, model="model")
+        add("prompts", PROMPTS, {"data": source(config.data), "verify": part(config.verify)}, model="model")
     if config.sft is not None:
         rows = "prompts"
         if config.sft.data is not None:
-            rows = add("sft prompts", PROMPTS, {"data": source(config.sft.data)}, model="model")
+            settings = {"data": source(config.sft.data), "verify": part(config.verify)}
+            rows = add("sft prompts", PROMPTS, settings, model="model")
         settings = {"train": part(config.sft, "data"), "seed": seed}
         backbone = add("sft", SFT, settings, start="model", prompts=rows)
     if config.data.kind == "prompts":

@@ -6,19 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from allo_ray.config.run import RunConfig
-from allo_ray.stages.base import Context, Progress, Stage
+from allo_ray.report.terminal import Progress
+from allo_ray.stages.base import Context, Stage
 from allo_ray.store import Artifact, Store
-
-
-class ProgressLines(Protocol):
-    """Where stages show how far they are (allo_ray/report/terminal.py draws it)."""
-
-    def stage(self, name: str, cached: bool = False) -> Progress: ...
-
-    def finish(self, name: str, seconds: float, startup_seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def plan(nodes: list[Node], store: Store) -> list[Planned]:
 
 
 def run(
-    config: RunConfig, nodes: list[Node], store: Store, lines: ProgressLines, parallel: int = 2
+    config: RunConfig, nodes: list[Node], store: Store, lines: Progress, parallel: int = 2
 ) -> dict[str, Done]:
     """Runs what is missing and returns every node's artifact by name.
 
@@ -81,7 +74,7 @@ def run(
                     continue
                 del waiting[item.node.name]
                 if item.artifact is not None:
-                    lines.stage(item.node.name, cached=True)
+                    lines.say(f"{item.node.name}: in the store")
                     done[item.node.name] = Done(item.artifact, cached=True)
                 else:
                     inputs = {role: done[name].artifact for role, name in item.node.inputs.items()}
@@ -108,17 +101,18 @@ def _ready(waiting: Mapping[str, Planned], done: Mapping[str, Done]) -> Iterator
 
 
 def _execute(
-    config: RunConfig, item: Planned, inputs: Mapping[str, Artifact], store: Store, lines: ProgressLines
+    config: RunConfig, item: Planned, inputs: Mapping[str, Artifact], store: Store, lines: Progress
 ) -> Done:
     node, key = item.node, item.key
     with store.lease(node.stage.name, key):
         found = store.find(node.stage.name, key)  # another process may have made it while we waited
         if found is not None:
             return Done(found, cached=True)
-        progress = lines.stage(node.name)
+        folder = store.work_folder(node.stage.name, key)
         start = time.perf_counter()
-        context = Context(config, node.settings, inputs, store.work_folder(node.stage.name, key), key, store, progress)
-        node.stage.run(context)
+        with lines.stage(node.name) as progress:
+            context = Context(config, node.settings, inputs, folder, key, store, progress)
+            node.stage.run(context)
         seconds = time.perf_counter() - start
         artifact = store.publish(
             node.stage.name,
@@ -134,5 +128,4 @@ def _execute(
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
-    lines.finish(node.name, seconds, context.startup_seconds)
     return Done(artifact, cached=False)

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rich.console import Console
 
 from allo_ray.config.load import load
 from allo_ray.config.run import RunConfig
 from allo_ray.pipeline import Node, plan, run
+from allo_ray.report.terminal import Progress, StageLine
 from allo_ray.stages.base import Context, Stage
 from allo_ray.store import Store, local_path
 
 
-class Lines:
+class Lines(Progress):
     """Progress that keeps quiet and remembers."""
 
     def __init__(self) -> None:
+        super().__init__(Console(file=io.StringIO()))
         self.started: list[str] = []
         self.cached: list[str] = []
 
-    def stage(self, name: str, cached: bool = False) -> Any:
-        (self.cached if cached else self.started).append(name)
-        return self
+    def stage(self, name: str) -> StageLine:
+        self.started.append(name)
+        return super().stage(name)
 
-    def update(self, done: int, total: int, unit: str, **facts: Any) -> None: ...
-
-    def finish(self, name: str, seconds: float, startup_seconds: float) -> None: ...
+    def say(self, text: str) -> None:
+        if text.endswith("in the store"):
+            self.cached.append(text.split(":")[0])
 
 
 @pytest.fixture(scope="module")

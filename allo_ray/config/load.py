@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from allo_ray.config.base import Section
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
+
+Config = TypeVar("Config", bound=Section)
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
@@ -22,6 +25,11 @@ def presets() -> list[str]:
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """`load_as` for the config of a run."""
+    return load_as(RunConfig, source, overrides)
+
+
+def load_as(kind: type[Config], source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, or a preset by its name, and applies overrides such as `learn.k=0.1`.
 
     A file may name another one by `extends: <preset or path>`; its own keys then replace those, section by section.
@@ -36,7 +44,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"--set {override}: write it as section.key=value, for example --set learn.k=0.1")
         values = _merge(values, _nest(key.split("."), _scalar(text, override)))
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         lines = [f"  {_place(item['loc'])}: {_reason(item)}" for item in error.errors()]
         raise UserError(f"{source}: the config has {len(lines)} error(s)\n" + "\n".join(lines)) from None

@@ -70,6 +70,11 @@ def artifact_model(artifact: Artifact, store: Store) -> ModelRef:
     return ModelRef(absolute(told["base"]), masters, tuple(map(absolute, told["deltas"])))
 
 
+def data_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a data section, without the hash of its content that the key needs."""
+    return {key: value for key, value in settings["data"].items() if key != "content"}
+
+
 @dataclass(frozen=True)
 class Stage:
     """A step of the method. `version` goes up whenever its code gives another result for the same inputs."""

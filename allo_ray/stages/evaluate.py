@@ -12,7 +12,8 @@ import pyarrow as pa
 from allo_ray import tables
 from allo_ray.config.data import SuiteConfig, VerifyConfig
 from allo_ray.config.engine import SamplingConfig
-from allo_ray.data.inference import Job, run as answer
+from allo_ray.data.inference import Job
+from allo_ray.data.inference import run as answer
 from allo_ray.data.inference_work import SampleWork
 from allo_ray.data.templates import render
 from allo_ray.data.tokenise import Tokeniser

@@ -12,7 +12,7 @@ def run(ctx: Context) -> None:
     """Writes the table `samples/`. Verdicts come later, so that another verifier samples nothing again."""
     config = SampleConfig(**ctx.settings["sample"])
     facts = sample(
-        ctx.file("prompts", "prompts"),
+        ctx.file("prompts", "prompts.parquet"),
         ctx.model("model").base,
         ctx.config.engine,
         Sampling(config.temperature, config.top_p, config.max_tokens, config.stop),
