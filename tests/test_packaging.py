@@ -24,11 +24,12 @@ PACKAGES = ("allo_ray", "jobs", "evals", "benchmarks")
 FLOORS = (
     {
         "errors", "config", "tables", "store", "models", "losses", "neurons", "engines", "evals", "doctor",
-        "submit", "cluster",
+        "submit", "session",
     },
     {"train", "data", "report"},
     {"stages"},
     {"pipeline"},
+    {"method"},
     {"tune"},
     {"jobs", "benchmarks"},
 )  # fmt: skip
