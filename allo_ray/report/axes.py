@@ -114,24 +114,25 @@ class Frame:
                 pen = "M"
         return el("path", d="".join(path), class_=class_)
 
-    def rule_y(self, value: float, text: str, class_: str = "rule") -> Markup:
-        """A dashed horizontal line with its meaning written at the right end, above the line."""
+    def rule_y(self, value: float, text: str, at_left: bool = False) -> Markup:
+        """A dashed horizontal line with its meaning written at one end, above the line where there is room."""
         y = self.y(value)
-        under = y - self.y.stop < 14
+        below = y - self.y.stop < 14
+        x, style = (self.x.start + 4, "tick") if at_left else (self.x.stop - 2, "tick end")
         return join(
             (
-                el("path", d=f"M{self.x.start:.1f} {y:.1f}H{self.x.stop:.1f}", class_=class_),
-                el("text", text, x=self.x.stop - 2, y=y + (12 if under else -4), class_="tick end"),
+                el("path", d=f"M{self.x.start:.1f} {y:.1f}H{self.x.stop:.1f}", class_="rule"),
+                el("text", text, x=x, y=y + (12 if below else -4), class_=style),
             )
         )
 
-    def rule_x(self, value: float, text: str, class_: str = "rule") -> Markup:
+    def rule_x(self, value: float, text: str) -> Markup:
         """A dashed vertical line with its meaning written beside its upper end."""
         x = self.x(value)
         flip = x > (self.x.start + self.x.stop) / 2
         return join(
             (
-                el("path", d=f"M{x:.1f} {self.y.start:.1f}V{self.y.stop:.1f}", class_=class_),
+                el("path", d=f"M{x:.1f} {self.y.start:.1f}V{self.y.stop:.1f}", class_="rule"),
                 el(
                     "text",
                     text,

@@ -80,14 +80,19 @@ def curves(
     """Lines over steps. `mark` is a level worth seeing and its name; `shares` writes y in per cent."""
     span = limits([y for line in lines for y in line.ys], (mark[0],) if mark else ())
     if shares:
-        span = max(-0.02, span[0]), min(1.02, span[1])
+        # At least a fifth of the whole, lest noise look like a trend.
+        spare = max(0.0, (0.2 - (span[1] - span[0])) / 2)
+        span = max(-0.02, span[0] - spare), min(1.02, span[1] + spare)
     first, last = (steps[0], steps[-1]) if steps[0] < steps[-1] else (steps[0] - 1, steps[0] + 1)
     frame = Frame.make((first, last), span, width, left=44)
     text = (lambda y: f"{100 * y:.4g} %") if shares else plain
     whole = [tick for tick in ticks(first, last, width / 60) if tick == round(tick)]
     parts = [frame.axes("step", whole, ticks(*span, 4), y_text=text)]
     if mark:
-        parts.append(frame.rule_y(*mark))
+        # A line that ends at the mark would run through its name.
+        ends = [y for line in lines for y in line.ys[-1:] if math.isfinite(y)]
+        at_left = any(abs(frame.y(y) - frame.y(mark[0])) < 16 for y in ends)
+        parts.append(frame.rule_y(*mark, at_left=at_left))
     for line in lines:
         xs, ys = _thin(steps, line.ys)
         smooth = len(ys) >= SMOOTH_FROM

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -139,34 +139,37 @@ def _fact(value: object) -> str:
 
 
 def closing(
-    models: Sequence[ModelScores], comparisons: Sequence[Comparison], paths: Mapping[str, object]
-) -> Group:
-    """The end of a run: models x suites with 95 % intervals, the paired comparisons, and where things lie."""
+    console: Console,
+    models: Sequence[ModelScores],
+    comparisons: Sequence[Comparison],
+    paths: Mapping[str, object],
+) -> None:
+    """Prints the end of a run: models x suites with 95 % intervals, the paired comparisons, and where things lie."""
     labels = list(dict.fromkeys(score.label for score in models))
     suites = list(dict.fromkeys(score.suite for score in models))
     scores = {(score.label, score.suite): score for score in models}
-    parts: list[Table | Text] = []
-    if models:
-        table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
-        table.add_column("model")
-        for suite in suites:
-            table.add_column(Text(suite), justify="right")
-        best = {suite: max(score.accuracy for score in models if score.suite == suite) for suite in suites}
-        for label in labels:
-            cells = [_cell(scores.get((label, suite)), best[suite]) for suite in suites]
-            table.add_row(Text(label), *cells)
-        parts += [table, Text()]
-    parts += [
-        Text(f"{item.a} against {item.b} on {item.suite}: {points(item.gain)} points, {p_value(item.p)}")
-        for item in comparisons
-    ]
-    if comparisons and paths:
-        parts.append(Text())
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("model")
+    for suite in suites:
+        table.add_column(Text(suite), justify="right")
+    best = {suite: max(score.accuracy for score in models if score.suite == suite) for suite in suites}
+    for label in labels:
+        table.add_row(Text(label), *(_cell(scores.get((label, suite)), best[suite]) for suite in suites))
     width = max((len(name) for name in paths), default=0)
-    parts += [
-        Text(f"{name:<{width}}  {path}", no_wrap=True, overflow="ignore") for name, path in paths.items()
-    ]
-    return Group(*parts)
+    blocks = (
+        [table] if models else [],
+        [
+            Text(f"{item.a} against {item.b} on {item.suite}: {points(item.gain)} points, {p_value(item.p)}")
+            for item in comparisons
+        ],
+        [Text(f"{name:<{width}}  {path}") for name, path in paths.items()],
+    )
+    for block in blocks:
+        if block:
+            console.print()
+        for part in block:
+            # A path is one line, however long, so that it can be copied.
+            console.print(part, soft_wrap=isinstance(part, Text), highlight=False)
 
 
 def _cell(score: ModelScores | None, best: float) -> Text:

@@ -42,7 +42,7 @@ def count(n: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
