@@ -114,7 +114,7 @@ class Neurons:
             start: flat index of the slice's first neuron.
         """
         indices = {tensor.name: tensor.entries.indices for tensor in self.attached}[name]
-        size = self.selection.size(name)
+        size = self.selection.size_of(name)
         stop = min(start + len(shard), size)
         if indices is None:
             shard[: max(stop - start, 0)].copy_(values[start:stop])
@@ -173,7 +173,7 @@ def attach(
             places.setdefault(id(weight), []).append((module, attribute))
     attached = []
     for name in selection.names:
-        if selection.selected(name) == 0:
+        if selection.count_of(name) == 0:
             continue
         weight = weights[name]
         weight.data = weight.data.contiguous()
@@ -181,7 +181,9 @@ def attach(
             start = weight.data.view(-1)
         else:
             start = values.pop(name) if name in values else _gather(weight.data, selection, name)
-        entries = SelectedEntries(start, None if selection.dense else selection.indices[name].to(weight.device))
+        entries = SelectedEntries(
+            start, None if selection.dense else selection.indices[name].to(weight.device)
+        )
         for module, attribute in places[id(weight)]:
             parametrize.register_parametrization(module, attribute, entries, unsafe=True)
         attached.append(Attached(name, weight, entries, places[id(weight)]))

@@ -54,33 +54,35 @@ class Selection:
     def of_model(cls, model: torch.nn.Module, base: str = "") -> Selection:
         """Every neuron of a model: dense training."""
         parameters = dict(floating_parameters(model))
-        return cls.all(list(parameters), {name: tuple(weight.shape) for name, weight in parameters.items()}, base)
+        return cls.all(
+            list(parameters), {name: tuple(weight.shape) for name, weight in parameters.items()}, base
+        )
 
-    def size(self, name: str) -> int:
+    def size_of(self, name: str) -> int:
         """N_t."""
         return torch.Size(self.shapes[name]).numel()
 
-    def selected(self, name: str) -> int:
+    def count_of(self, name: str) -> int:
         """K_t."""
         if self.dense:
-            return self.size(name)
+            return self.size_of(name)
         return len(self.indices[name]) if name in self.indices else 0
 
     @property
     def total(self) -> int:
         """N."""
-        return sum(self.size(name) for name in self.names)
+        return sum(self.size_of(name) for name in self.names)
 
     @property
     def count(self) -> int:
         """K."""
-        return sum(self.selected(name) for name in self.names)
+        return sum(self.count_of(name) for name in self.names)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file with, for each tensor, the smaller of a bitmask and delta-coded indices."""
         tensors, encodings = {}, {}
         for name, indices in self.indices.items():
-            encodings[name], encoded = encode(indices.numpy(), self.size(name))
+            encodings[name], encoded = encode(indices.numpy(), self.size_of(name))
             tensors[name] = torch.from_numpy(encoded)
         header = {
             "format": FORMAT,
@@ -91,7 +93,9 @@ class Selection:
             "dense": str(int(self.dense)),
             "count": str(self.count),
             "total": str(self.total),
-            "tensors": json.dumps([[name, list(self.shapes[name]), encodings.get(name)] for name in self.names]),
+            "tensors": json.dumps(
+                [[name, list(self.shapes[name]), encodings.get(name)] for name in self.names]
+            ),
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, metadata=header)
@@ -122,7 +126,9 @@ class Selection:
             order=header["order"],
         )
         if selection.count != int(header["count"]):
-            raise UserError(f"{path}: holds {selection.count} neurons, its header says {header['count']}. Make it anew.")
+            raise UserError(
+                f"{path}: holds {selection.count} neurons, its header says {header['count']}. Make it anew."
+            )
         return selection
 
 
@@ -153,7 +159,9 @@ def open_safetensors(path: str | Path, kind: str, version: str, told: str):
     try:
         file = safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as {told} ({error}). Check the path, or make the file anew.") from None
+        raise UserError(
+            f"{path}: cannot be read as {told} ({error}). Check the path, or make the file anew."
+        ) from None
     header = file.metadata() or {}
     if header.get("format") != kind or header.get("version") != version:
         raise UserError(

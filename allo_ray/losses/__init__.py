@@ -1,0 +1,1 @@
+"""Losses: pure functions of log-probs; one method a short file."""
