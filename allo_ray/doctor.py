@@ -291,7 +291,7 @@ def check_ports() -> Finding:
         return Finding("Ray's ports", "ok", f"RAY_ADDRESS={address}")
     taken = [str(port) for port in (6379, 8265, 52365) if listening("127.0.0.1", port)]
     if "6379" in taken or "52365" in taken:
-        remedy = "For a new head beside what runs here: `ray start --head --port 0 --dashboard-agent-listen-port 52366`."
+        remedy = "For one more head here: `ray start --head --port 0 --dashboard-agent-listen-port 52366`."
         return Finding("Ray's ports", "warn", f"in use: {', '.join(taken)}", remedy)
     return Finding(
         "Ray's ports", "ok", f"in use: {', '.join(taken)}" if taken else "6379, 8265, 52365 are free"
