@@ -56,7 +56,8 @@ def graph(config: RunConfig) -> list[Node]:
         if config.sft.data is not None:
             settings = {"data": source(config.sft.data), "verify": part(config.verify)}
             rows = add("sft prompts", PROMPTS, settings, model="model")
-        settings = {"train": part(config.sft, "data"), "seed": seed}
+        limit = (config.sft.data or config.data).max_tokens
+        settings = {"train": part(config.sft, "data"), "seed": seed, "max_tokens": limit}
         backbone = add("sft", SFT, settings, start="model", prompts=rows)
     if config.data.kind == "prompts":
         settings = {"sample": part(config.sample), "engine": engine, "seed": seed}
@@ -118,11 +119,12 @@ def _token_scores(config: RunConfig, add: Any, part: Any, backbone: str) -> str:
     assert reward is not None
     verify = part(config.verify)
     settings = {"teacher": part(rewrite, "concurrency", "timeout_seconds", "retries", "key_variable"), "verify": verify}
-    add("rewrite", REWRITE, settings, model=backbone, pairs="pairs")
     start = backbone
     if reward.model is not None:
         other = config.model.model_copy(update={"path": reward.model, "revision": None})
         start = add("reward start", MODEL, {"model": {**part(other), "content": source_fingerprint(other)}})
-    add("reward", REWARD, {"train": part(reward, "model"), "seed": config.seed}, start=start, rewrites="rewrite")
+    add("rewrite", REWRITE, settings, model=start, pairs="pairs")
+    settings = {"train": part(reward, "model"), "seed": config.seed, "max_tokens": config.engine.max_model_len}
+    add("reward", REWARD, settings, start=start, rewrites="rewrite")
     settings = {"engine": part(config.engine)}
     return add("token scores", TOKEN_SCORES, settings, model="reward", policy=backbone, pairs="pairs")

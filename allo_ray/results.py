@@ -115,7 +115,7 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
             selections[title] = {tensor: tuple(counts) for tensor, counts in told.items()}
     p_re = None
     if "token scores" in artifacts:
-        scored = tables.TOKEN_SCORES.read(local_path(artifacts["token scores"].file("token_scores")))
+        scored = tables.TOKEN_SCORES.read(local_path(artifacts["token scores"].file("token_scores.parquet")))
         p_re = np.asarray(scored["p_re"].combine_chunks().flatten())
     u = config.forget.u if config.forget is not None and p_re is not None else None
     return ReportData(
@@ -194,7 +194,7 @@ def _negatives(artifacts: Mapping[str, Artifact], store: Store) -> list[Negative
     if "learn" in artifacts:
         seen = tables.KEPT.read(local_path(artifacts["learn"].file("kept.parquet")))
         dropped = dict(zip(seen["id"].to_pylist(), seen["q"].to_pylist(), strict=True))
-    scores = _by_id(artifacts, "token scores", "token_scores", tables.TOKEN_SCORES, "p_re")
+    scores = _by_id(artifacts, "token scores", "token_scores.parquet", tables.TOKEN_SCORES, "p_re")
     rewrites = _by_id(artifacts, "rewrite", "rewrites.parquet", tables.REWRITES, "rewrite")
     tokeniser = Tokeniser(str(local_path(artifact_model(artifacts["model"], store).base)))
     shown: dict[str, Negative] = {}

@@ -36,10 +36,7 @@ def main(arguments: list[str]) -> int:
     from allo_ray.session import cluster
     from allo_ray.store import cache_folder
 
-    if "://" in config.out:
-        work = cache_folder() / "sample"
-    else:
-        work = Path(config.out)
+    work = cache_folder() / "sample" if "://" in config.out else Path(config.out)
     folder = resolve(config.model, cache_folder() / "models" / config.model.path.replace(":", "-"))
     with cluster(config.cluster, config.engine.pool.num_gpus):
         prompts = work / "prompts.parquet"

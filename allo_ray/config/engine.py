@@ -27,11 +27,10 @@ class EngineResources(Section):
     #: Bounds the memory of prompt log-probs: vLLM needs about tokens x vocabulary x 6 B outside its own plan.
     max_num_batched_tokens: int = Field(default=2048, ge=64)
     max_num_seqs: int = Field(default=128, ge=1)
-    #: Rows handed to an actor at a time, and how many such batches wait at each actor.
-    batch_size: int = Field(default=32, ge=1)
+    #: Requests handed to an actor at a time, one published shard each: what a crash can cost at most.
+    batch_size: int = Field(default=128, ge=1)
+    #: Such batches under way at each actor.
     batches_in_flight: int = Field(default=2, ge=1)
-    #: Rows of one published shard: what a crash can cost at most.
-    shard_rows: int = Field(default=1024, ge=1)
 
 
 class EngineConfig(Section):

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-from typing import Any
-
-from allo_ray import tables
-from allo_ray.config.train import RewardConfig, SftConfig
-from allo_ray.data.lookup import stream
+from allo_ray.config.train import RewardConfig, SftConfig, TrainConfig
+from allo_ray.data.reward_rows import write_prompt_sequences, write_reward_sequences
 from allo_ray.data.tokenise import Tokeniser
-from allo_ray.data.train_rows import build_supervised_rows
-from allo_ray.errors import UserError
+from allo_ray.data.train_rows import build_sequence_rows
 from allo_ray.neurons.delta import export
 from allo_ray.stages.base import Context, Stage
 from allo_ray.stages.training import fit
@@ -21,45 +15,35 @@ from allo_ray.train.job import DELTA
 
 def sft(ctx: Context) -> None:
     """One epoch on (prompt, reference). The result is the backbone: masters in float32, and a folder model/ in bf16."""
-    rows = ctx.out / "rows.parquet"
-    if not rows.exists():
-        seed, epochs = ctx.settings["seed"], ctx.settings["train"]["epochs"]
-        ctx.facts["rows"] = build_supervised_rows(rows, _references(ctx), epochs=epochs, seed=seed)
-    fit(ctx, SFT, SftConfig(**ctx.settings["train"]), "sft", {}, rows)
-    _fold(ctx, SFT)
+    sequences = ctx.out / "sequences.parquet"
+    ctx.facts["counts"] = write_prompt_sequences(
+        sequences,
+        prompts=ctx.file("prompts", "prompts.parquet"),
+        tokeniser=Tokeniser(str(local_path(ctx.model("start").base))),
+        max_tokens=ctx.settings["max_tokens"],
+    )
+    _train(ctx, SFT, SftConfig(**ctx.settings["train"]))
 
 
 def reward(ctx: Context) -> None:
     """Learns the teacher's corrections given problem, correct solution and prediction (paper 4.2)."""
     config = RewardConfig(**ctx.settings["train"])
+    ctx.facts["counts"] = write_reward_sequences(
+        ctx.out / "sequences.parquet",
+        rewrites=ctx.file("rewrites", "rewrites.parquet"),
+        max_tokens=ctx.settings["max_tokens"],
+        limit=config.limit,
+    )
+    _train(ctx, REWARD, config)
+
+
+def _train(ctx: Context, stage: Stage, config: TrainConfig) -> None:
+    """Trains all neurons, and makes the result the base of what follows: a bf16 folder, its masters beside."""
     rows = ctx.out / "rows.parquet"
-    if not rows.exists():
-        rewrites = (
-            {"id": row["id"], "prompt_ids": row["context_ids"], "response_ids": row["rewrite_ids"]}
-            for row in islice(stream(tables.REWRITES, ctx.file("rewrites", "rewrites.parquet")), config.limit)
-        )
-        seed = ctx.settings["seed"]
-        ctx.facts["rows"] = build_supervised_rows(rows, rewrites, epochs=config.epochs, seed=seed)
-    fit(ctx, REWARD, config, "sft", {}, rows)
-    _fold(ctx, REWARD)
-
-
-def _references(ctx: Context) -> Iterator[dict[str, Any]]:
-    """Prompts that have a full reference, as SEQUENCES rows."""
-    tokeniser = Tokeniser(str(local_path(ctx.model("start").base)))
-    prompts = ctx.file("prompts", "prompts.parquet")
-    found = 0
-    for row in stream(tables.PROMPTS, prompts):
-        if row["reference"]:
-            found += 1
-            response = tokeniser.response(row["reference"])
-            yield {"id": row["id"], "prompt_ids": row["prompt_ids"], "response_ids": response}
-    if not found:
-        raise UserError("sft: none of its prompts has a reference to learn. Name the column under data.columns.reference.")
-
-
-def _fold(ctx: Context, stage: Stage) -> None:
-    """Makes the trained model the base of what follows: its bf16 cast as an ordinary folder, its masters beside."""
+    if not rows.exists():  # a resumed attempt reads the rows it began with
+        sequences = ctx.out / "sequences.parquet"
+        build_sequence_rows(rows, sequences=sequences, epochs=config.epochs, seed=ctx.settings["seed"])
+    fit(ctx, stage, config, "sft", {}, rows)
     start = ctx.model("start")
     export(local_path(start.base), [*map(local_path, start.deltas), ctx.out / DELTA], ctx.out / "model")
     ctx.hand_on(ctx.published(stage, "model"), ctx.published(stage, DELTA), ())

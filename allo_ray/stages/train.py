@@ -44,7 +44,7 @@ def _train(
             rows,
             pairs=ctx.file("pairs", "pairs.parquet"),
             logprobs=ctx.file("reference", "logprobs"),
-            scores=ctx.file("scores", "token_scores") if "scores" in ctx.inputs else None,
+            scores=ctx.file("scores", "token_scores.parquet") if "scores" in ctx.inputs else None,
             epochs=config.epochs,
             seed=seed,
             **weights,

@@ -1,0 +1,59 @@
+"""The graph has the stages that the config asks for, and a setting re-runs exactly what depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from allo_ray.config.load import load
+from allo_ray.method import graph
+from allo_ray.pipeline import plan
+from allo_ray.store import Store
+
+
+def _keys(store: Store, *overrides: str) -> dict[str, str]:
+    return {item.node.name: item.key for item in plan(graph(load("smoke", overrides)), store)}
+
+
+def _changed(store: Store, *overrides: str) -> set[str]:
+    before, after = _keys(store), _keys(store, *overrides)
+    return {name for name in after if before.get(name) != after[name]}
+
+
+TAIL = {"forget", "reference of forget", "learn", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("forget.u=0.5", TAIL),
+        ("learn.v=0.5", {"learn", "evaluate"}),
+        ("learn.k=0.2", {"locate 20 %", "learn", "evaluate"}),
+        ("forget.k=0.02", {"locate 2 %", *TAIL}),
+        ("trainer.micro_batch_tokens=64", set()),
+        ("engine.pool.actors=2", set()),
+        ("name=other", set()),
+    ],
+)
+def test_a_setting_re_runs_what_depends_on_it(override: str, expected: set[str], tmp_path: Path) -> None:
+    assert _changed(Store(str(tmp_path)), override) == expected
+
+
+def test_algorithm_1_in_order(tmp_path: Path) -> None:
+    names = list(_keys(Store(str(tmp_path))))
+    order = ["sft", "sample", "pairs", "reference", "warmup", "forget", "learn", "evaluate"]
+    assert [name for name in names if name in order] == order
+
+
+def test_stages_can_be_left_out(tmp_path: Path) -> None:
+    """Table 4: without the forgetting stage, and without the learning stage."""
+    store = Store(str(tmp_path))
+    without = set(_keys(store, "forget=null"))
+    assert not without & {"forget", "rewrite", "reward", "token scores", "reference of forget"}
+    assert "learn" in without
+    assert "learn" not in _keys(store, "learn=null")
+
+
+def test_learning_against_the_backbone_needs_no_second_reference(tmp_path: Path) -> None:
+    assert "reference of forget" not in _keys(Store(str(tmp_path)), "learn.reference=sft")
