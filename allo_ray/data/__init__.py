@@ -1,0 +1,1 @@
+"""Prompts and pairs: sources, templates, tokenisation, verifiers, pairing, rewrites, and the rows that train."""
