@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from allo_ray.report.accuracy import accuracy
 from allo_ray.report.content import Comparison, ReportData
@@ -11,13 +10,11 @@ from allo_ray.report.costs import costs, reproduce
 from allo_ray.report.markup import Markup, el, join
 from allo_ray.report.negatives import negatives
 from allo_ray.report.neurons import neurons
+from allo_ray.report.page import page
 from allo_ray.report.tokens import tokens
 from allo_ray.report.training import training
 from allo_ray.report.wording import duration, p_value, percent, points
 
-STYLE = Path(__file__).with_name("report.css")
-#: Nothing is loaded from anywhere and no script runs, whatever a response contains.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 #: Below this two-sided p a difference is called one.
 SIGNIFICANT = 0.05
 #: Colour classes of models other than the start and the headline model.
@@ -36,25 +33,7 @@ def render(data: ReportData) -> str:
         "costs": ("Time and rows", costs(data)),
         "reproduce": ("Reproduce", reproduce(data)),
     }
-    shown = {key: (title, part) for key, (title, part) in body.items() if part is not None}
-    links = [el("a", title, href=f"#{key}") for key, (title, _) in shown.items()]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", f"{data.name} · allo_ray"),
-        el("style", Markup(STYLE.read_text(encoding="utf-8"))),
-    )
-    page = el(
-        "body",
-        _header(data, styles),
-        el("nav", *links, aria_label="Sections"),
-        el("main", *(part for _, part in shown.values())),
-        el("footer", "allo_ray: low-redundant alignment (ALLO, arXiv 2406.12606) on Ray"),
-    )
-    return "<!doctype html>\n" + el("html", head, page, lang="en") + "\n"
+    return page(data.name, _header(data, styles), body)
 
 
 def model_styles(data: ReportData) -> dict[str, str]:
