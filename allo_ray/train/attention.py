@@ -70,10 +70,14 @@ def tree_attention(
     """
     kind = type(module).__name__
     if grid is None:
-        raise UserError(f"{kind} does not pass keyword arguments to its attention: this model cannot be trained here.")
+        raise UserError(
+            f"{kind} does not pass keyword arguments to its attention: this model cannot be trained here."
+        )
     for part in ("softcap", "s_aux", "position_bias"):
         if extra.get(part) is not None:
-            raise UserError(f"{kind} uses '{part}' in its attention, which training does not build. Take another model.")
+            raise UserError(
+                f"{kind} uses '{part}' in its attention, which training does not build: take another model."
+            )
     trees, length = grid.positions.shape
     grids = [
         _ToGrid.apply(heads[0].transpose(0, 1), grid.cells, trees * length)

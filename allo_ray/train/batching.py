@@ -62,7 +62,9 @@ class Packed:
         """The same micro-batch on another device."""
         if device.type == "cpu":
             return self
-        grid = Grid(**{f.name: getattr(self.grid, f.name).to(device, non_blocking=True) for f in fields(Grid)})
+        grid = Grid(
+            **{f.name: getattr(self.grid, f.name).to(device, non_blocking=True) for f in fields(Grid)}
+        )
         moved = {
             f.name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for f in fields(Packed)
@@ -92,13 +94,18 @@ def pack(rows: Sequence[Row], side: Side) -> Packed:
         grid_positions[at, : len(tree.tokens)] = tree.positions
     query, key = branch[:, :, None], branch[:, None, :]
     causal = np.tril(np.ones((longest, longest), dtype=bool))
-    allowed = (((query == key) | ((key == 0) & (query > 0))) & (query >= 0) & causal) | np.eye(longest, dtype=bool)
+    allowed = (((query == key) | ((key == 0) & (query > 0))) & (query >= 0) & causal) | np.eye(
+        longest, dtype=bool
+    )
 
     heads: dict[tuple[int, int], int] = {}
     source, reference, weight, sequence = [], [], [], []
     for at, (row, tree, start) in enumerate(zip(rows, trees, starts, strict=True)):
         for index, (ids, states) in enumerate(zip(row.responses(side), tree.states, strict=True)):
-            weights, references = _weights(row, side, index, len(ids)), _references(row, side, index, len(ids))
+            weights, references = (
+                _weights(row, side, index, len(ids)),
+                _references(row, side, index, len(ids)),
+            )
             for token, state, kept in zip(ids.tolist(), states.tolist(), weights.tolist(), strict=True):
                 source.append(heads.setdefault((state + start, token), len(heads)) if kept else -1)
             reference.append(references)

@@ -45,4 +45,6 @@ def save(folder: Path, state: dict[str, torch.Tensor], progress: Progress) -> No
 
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     """Reads what `save` wrote."""
-    return load_file(folder / "state.safetensors"), Progress(**json.loads((folder / "position.json").read_text()))
+    return load_file(folder / "state.safetensors"), Progress(
+        **json.loads((folder / "position.json").read_text())
+    )

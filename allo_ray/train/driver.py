@@ -22,7 +22,19 @@ import pyarrow.parquet as pq
 from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
-from allo_ray.train.job import CLAIM, DELTA, FACTS, HEARTBEAT, METRICS, RESULT, RUN, ProgressLine, TrainJob, TrainResult
+from allo_ray.losses.registry import LOSSES
+from allo_ray.train.job import (
+    CLAIM,
+    DELTA,
+    FACTS,
+    HEARTBEAT,
+    METRICS,
+    RESULT,
+    RUN,
+    ProgressLine,
+    TrainJob,
+    TrainResult,
+)
 
 #: Seconds between two looks at the workers; Ray's own 2 s are felt at the start and end of every short stage.
 _HEALTH_CHECK_SECONDS = "0.25"
@@ -42,6 +54,9 @@ def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
     called = time.time()
     out = Path(job.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    if job.loss not in LOSSES:
+        raise UserError(f"loss '{job.loss}' is not known. There are: {', '.join(LOSSES)}.")
+    LOSSES[job.loss].check(job.loss_args)
     count = _count_rows(job.rows)
     steps = math.ceil(count / job.config.batch_size)
     _claim(job, out)
@@ -59,7 +74,8 @@ def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
     facts = {
         **told,
         "rows": count,
-        "startup_seconds": told.pop("first_batch_at") - called,
+        "startup_seconds": told["timeline"].get("first_batch", called) - called,
+        "timeline": {event: moment - called for event, moment in told["timeline"].items()},
         "seconds": time.time() - called,
         "loss": job.loss,
         "loss_args": job.loss_args,
@@ -91,7 +107,9 @@ def _count_rows(path: str) -> int:
         tables.TRAIN_ROWS.check(pq.read_schema(file), file)
     count = sum(pq.read_metadata(file).num_rows for file in files)
     if count == 0:
-        raise UserError(f"{path}: the table of training rows is empty. See the list of dropped rows for the reason.")
+        raise UserError(
+            f"{path}: the table of training rows is empty. See the list of dropped rows for the reason."
+        )
     return count
 
 
@@ -103,6 +121,7 @@ def _fit(job: TrainJob, out: Path, steps: int) -> None:
 
     options = ray.data.ExecutionOptions(preserve_order=True)
     rows = ray.data.read_parquet(job.rows, columns=tables.TRAIN_ROWS.schema.names)
+    rows.context.enable_progress_bars = False
     gpu = job.trainer.num_gpus > 0
     settings = asdict(job) | {"config": job.config.model_dump(), "trainer": job.trainer.model_dump()}
     trainer = TorchTrainer(
@@ -112,7 +131,10 @@ def _fit(job: TrainJob, out: Path, steps: int) -> None:
         scaling_config=ScalingConfig(
             num_workers=job.trainer.workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": job.trainer.num_cpus, **({"GPU": job.trainer.num_gpus} if gpu else {})},
+            resources_per_worker={
+                "CPU": job.trainer.num_cpus,
+                **({"GPU": job.trainer.num_gpus} if gpu else {}),
+            },
         ),
         run_config=RunConfig(
             name=RUN,
@@ -127,9 +149,12 @@ def _fit(job: TrainJob, out: Path, steps: int) -> None:
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs. Rows are on their way before torch and the model are loaded."""
     import ray.train
 
+    from allo_ray.train.stream import RowStream
+
+    rows = RowStream(ray.train.get_dataset_shard("rows"))
     described = settings["job"]
     job = TrainJob(
         **described
@@ -137,7 +162,7 @@ def _worker(settings: dict[str, Any]) -> None:
     )
     from allo_ray.train.worker import run_worker
 
-    run_worker(job, settings["steps"], Path(settings["out"]), ray.train.get_dataset_shard("rows"))
+    run_worker(job, settings["steps"], Path(settings["out"]), rows)
 
 
 class _Heartbeat:

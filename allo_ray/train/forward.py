@@ -12,11 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from allo_ray.errors import UserError
 from allo_ray.train.attention import ATTENTION, register
 from allo_ray.train.batching import Packed
 
 #: Logits held at a time, bytes at four a logit: bounds memory whatever the batch.
 HEAD_BYTES = 1 << 27
+#: Settings of model configs that change logits after the head, with the value that changes nothing.
+_LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -57,7 +60,9 @@ class _HeadLogProbs(torch.autograd.Function):
             logits = functional.linear(hidden[part], weight, bias).float()
             # d log p[target] / d logits = onehot(target) - p
             slope = torch.exp_(logits.sub_(total[part, None])).neg_()
-            slope.scatter_add_(1, targets[part, None], torch.ones_like(targets[part, None], dtype=slope.dtype))
+            slope.scatter_add_(
+                1, targets[part, None], torch.ones_like(targets[part, None], dtype=slope.dtype)
+            )
             slope = slope.mul_(upstream[part, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(slope, weight, out=grad_hidden[part])
@@ -100,13 +105,36 @@ class Policy(nn.Module):
         return torch.where(headless, batch.reference, picked)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Loads a causal language model for training: its own weights in `dtype`, tree attention, no dropout, no cache."""
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Loads a causal language model for training: weights in `dtype`, tree attention, no dropout, no cache.
+
+    Raises:
+        UserError: the model changes its logits after the head in a way that is not built here.
+    """
     from transformers import AutoModelForCausalLM
 
     register()
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
     )
+    for setting, neutral in _LOGIT_SETTINGS.items():
+        if getattr(model.config, setting, neutral) not in (None, neutral):
+            raise UserError(
+                f"{folder}: config.json sets '{setting}', which training does not build. Take another model."
+            )
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers recomputes in training mode only; dropout, which that mode would bring, is taken out.
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+    return model

@@ -81,6 +81,7 @@ def compute_logprobs(
         num_gpus=trainer.num_gpus or None,
     )
     shards.context.execution_options.preserve_order = True
+    shards.context.enable_progress_bars = False
     done = tokens = 0
     first = float("inf")
     for told in shards.iter_rows():
@@ -96,16 +97,18 @@ def compute_logprobs(
 class LogprobActor:
     """Holds the model; turns a batch of pairs into a shard and returns one row about it."""
 
-    def __init__(self, base: str, layers: tuple[str, ...], out: str, dtype: str, trainer: dict[str, Any]) -> None:
+    def __init__(
+        self, base: str, layers: tuple[str, ...], out: str, dtype: str, trainer: dict[str, Any]
+    ) -> None:
         self.trainer = TrainerConfig(**trainer)
         gpu = self.trainer.num_gpus > 0
         prepare_process(self.trainer.threads, gpu)
         self.device = torch.device("cuda" if gpu else "cpu")
         model = load_model(base, getattr(torch, dtype))
         weights = dict(model.named_parameters())
-        masters = masters_of(base, layers)
+        masters = masters_of(base, layers, getattr(torch, dtype))
         with torch.no_grad():
-            for name, master in masters.items() if isinstance(masters, dict) else masters or ():
+            for name, master in masters or ():
                 if name in weights:
                     weights[name].copy_(master)
         self.policy = Policy(model.to(self.device))
@@ -119,16 +122,24 @@ class LogprobActor:
         if not file.exists():
             rows = pair_rows(batch)
             found, tokens = logprobs_of(self.policy, rows, self.trainer.micro_batch_tokens, self.device)
-            broken = [row.id for row, (c, r) in zip(rows, found, strict=True) if not np.isfinite([c.sum(), r.sum()]).all()]
+            broken = [
+                row.id
+                for row, both in zip(rows, found, strict=True)
+                if not all(np.isfinite(part).all() for part in both)
+            ]
             if broken:
                 error = (
-                    f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs and "
-                    "at the model, or compute in float32."
+                    f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs "
+                    "and at the model, or compute in float32."
                 )
             else:
                 part = file.with_suffix(f".{os.getpid()}.part")
                 tables.LOGPROBS.write(
-                    [{"id": row.id, "chosen": c, "rejected": r} for row, (c, r) in zip(rows, found, strict=True)], part
+                    [
+                        {"id": row.id, "chosen": c, "rejected": r}
+                        for row, (c, r) in zip(rows, found, strict=True)
+                    ],
+                    part,
                 )
                 os.replace(part, file)
         return pa.table({"pairs": [len(ids)], "tokens": [tokens], "began_at": [began], "error": [error]})

@@ -97,10 +97,16 @@ def run(
             row = _step(updater, plan, rows, packed, lr, progress.step, add_up)
         seconds = time.monotonic() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        progress.metrics.append({"step": progress.step, "lr": lr, **row, "seconds": seconds, "peak_rss": peak})
+        progress.metrics.append(
+            {"step": progress.step, "lr": lr, **row, "seconds": seconds, "peak_rss": peak}
+        )
         progress.step += 1
         on_step(progress)
-        if plan.checkpoint_every and progress.step % plan.checkpoint_every == 0 and progress.step < plan.steps:
+        if (
+            plan.checkpoint_every
+            and progress.step % plan.checkpoint_every == 0
+            and progress.step < plan.steps
+        ):
             save(progress)
     return progress
 
@@ -173,7 +179,8 @@ def _inputs(part: Packed, policy: torch.Tensor) -> LossInputs:
 def _count(sums: torch.Tensor, output: LossOutput, part: Packed) -> None:
     """sums: loss, instances, weighted tokens, tokens read, broken, then (total, number) of each reported metric."""
     sums[:4] += torch.tensor(
-        [float(output.sum.detach()), float(output.count), float(output.tokens), len(part.tokens)], dtype=torch.float64
+        [float(output.sum.detach()), float(output.count), float(output.tokens), len(part.tokens)],
+        dtype=torch.float64,
     )
     for at, name in enumerate(REPORTED):
         if name in output.metrics:

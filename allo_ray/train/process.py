@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,10 +36,24 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
         torch.set_num_threads(threads)
 
 
-def masters_of(base: str, layers: tuple[str, ...]) -> Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]] | None:
-    """The fp32 values that training starts from; None where the folder's own weights are all there is."""
-    if not layers:
-        return None
-    from allo_ray.neurons.delta import iter_masters
+def masters_of(
+    base: str, layers: tuple[str, ...], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]] | None:
+    """The fp32 values that a model in `dtype` starts from; None where it holds them exactly when loaded.
 
-    return iter_masters(Path(base), [Path(layer) for layer in layers])
+    Without layers that is so unless the folder stores float32: its cast would lose what training starts from.
+    """
+    if not layers and (dtype == torch.float32 or not _stores_float32(Path(base))):
+        return None
+    from allo_ray.neurons.masters import iter_masters
+
+    return iter_masters(base, layers)
+
+
+def _stores_float32(folder: Path) -> bool:
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        if any(entry.get("dtype") == "F32" for name, entry in header.items() if name != "__metadata__"):
+            return True
+    return False

@@ -32,7 +32,9 @@ class Row:
 
     def responses(self, side: Side) -> list[np.ndarray]:
         """The responses that the method trains on."""
-        return {"pair": [self.chosen, self.rejected], "chosen": [self.chosen], "rejected": [self.rejected]}[side]
+        return {"pair": [self.chosen, self.rejected], "chosen": [self.chosen], "rejected": [self.rejected]}[
+            side
+        ]
 
     def tokens(self, side: Side) -> int:
         """Tokens the model reads for this row: the prompt once, then each response without its last token."""
@@ -42,7 +44,11 @@ class Row:
         """Tokens that carry loss before the current policy is asked."""
         kept = len(self.chosen) if side != "rejected" else 0
         if side != "chosen":
-            kept += int(np.count_nonzero(self.rejected_weight)) if len(self.rejected_weight) else len(self.rejected)
+            kept += (
+                int(np.count_nonzero(self.rejected_weight))
+                if len(self.rejected_weight)
+                else len(self.rejected)
+            )
         return kept
 
 
@@ -100,9 +106,7 @@ def global_batches(tables: Iterable[pa.Table], batch_size: int, first: int = 0) 
         yield waiting
 
 
-def micro_batches(
-    rows: Sequence[Row], side: Side, workers: int, worker: int, budget: int
-) -> list[list[Row]]:
+def micro_batches(rows: Sequence[Row], side: Side, workers: int, worker: int, budget: int) -> list[list[Row]]:
     """The micro-batches of one worker: of at most `budget` tokens (one row may exceed it), equally many on each worker.
 
     Rows of like length go together, so that the attention grid holds little padding. A worker with too few rows gets

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from allo_ray.errors import UserError
+from allo_ray.models import fingerprint
 from allo_ray.neurons import delta
 from allo_ray.neurons.parametrize import Neurons, attach
 from allo_ray.neurons.selection import Selection
@@ -25,7 +26,7 @@ from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, RESULT, RUN, TrainJob
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, global_batches
-from allo_ray.train.updater import PlainUpdater, Updater
+from allo_ray.train.updater import Updater
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,14 +37,18 @@ def build(job: TrainJob, device: torch.device) -> tuple[Policy, Neurons]:
     Raises:
         UserError: the selection or a layer does not belong to the model.
     """
-    model = load_model(job.base, DTYPES[job.config.dtype], job.trainer.gradient_checkpointing).to(device)
+    dtype = DTYPES[job.config.dtype]
+    model = load_model(job.base, dtype, job.trainer.gradient_checkpointing).to(device)
     selection = Selection.of_model(model) if job.selection is None else Selection.load(job.selection)
-    neurons = attach(model, selection, masters_of(job.base, job.layers))
+    neurons = attach(model, selection, masters_of(job.base, job.layers, dtype))
     return Policy(model), neurons
 
 
-def run_worker(job: TrainJob, steps: int, out: Path, shard: Any) -> None:
-    """Trains to the end and reports the result; an error of the user's is reported too, since a retry would not help."""
+def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -> None:
+    """Trains to the end and reports the result.
+
+    An error of the user's is reported as the result too, since Ray would try again what cannot succeed.
+    """
     import ray.train
 
     context = ray.train.get_context()
@@ -62,13 +67,16 @@ def run_worker(job: TrainJob, steps: int, out: Path, shard: Any) -> None:
         checkpoint_every=job.trainer.checkpoint_every,
         device=device,
     )
-    reporter = _Reporter(out, plan)
+    reporter = _Reporter(out, job.base, plan)
+    reporter.mark("worker_started")
     try:
         policy, neurons = build(job, device)
+        reporter.mark("model_loaded")
         updater = _make_updater(policy, neurons, job)
         progress = _resume(updater)
         reporter.updater = updater
-        batches = reporter.clocked(global_batches(_stream(shard), job.config.batch_size, progress.step))
+        reporter.mark("engine_built")
+        batches = reporter.clocked(global_batches(rows, job.config.batch_size, progress.step))
         progress = run(updater, plan, batches, progress, _add_up(device), reporter.on_step, reporter.save)
     except UserError as error:
         reporter.finish({"error": str(error)})
@@ -80,7 +88,7 @@ def run_worker(job: TrainJob, steps: int, out: Path, shard: Any) -> None:
         "neurons": neurons.count,
         "neurons_total": neurons.selection.total,
         "workers": plan.workers,
-        "first_batch_at": reporter.first_batch_at,
+        "timeline": reporter.timeline,
         "metrics": progress.metrics,
     }
     reporter.finish(facts, state, neurons)
@@ -90,10 +98,6 @@ def _make_updater(policy: Policy, neurons: Neurons, job: TrainJob) -> Updater:
     from allo_ray.train.zero import ZeroUpdater
 
     return ZeroUpdater(policy, neurons, job.config, job.trainer)
-
-
-def _stream(shard: Any) -> Iterator[pa.Table]:
-    yield from shard.iter_batches(batch_size=512, batch_format="pyarrow", prefetch_batches=1)
 
 
 def _resume(updater: Updater) -> checkpoint.Progress:
@@ -123,17 +127,23 @@ def _add_up(device: torch.device):
 class _Reporter:
     """Checkpoints, heartbeat and result of this worker."""
 
-    def __init__(self, out: Path, plan: Plan) -> None:
-        self.out, self.plan = out, plan
+    def __init__(self, out: Path, base: str, plan: Plan) -> None:
+        self.out, self.base, self.plan = out, base, plan
         self.updater: Updater | None = None
-        self.first_batch_at = 0.0
+        #: When each part of the start-up was done, seconds since the epoch.
+        self.timeline: dict[str, float] = {}
         self._told_at = 0.0
 
     def clocked(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
         """The same batches; notes when the first one arrives."""
         for batch in batches:
-            self.first_batch_at = self.first_batch_at or time.time()
+            if "first_batch" not in self.timeline:
+                self.mark("first_batch")
             yield batch
+
+    def mark(self, event: str) -> None:
+        """Notes that a part of the start-up is done."""
+        self.timeline[event] = time.time()
 
     def on_step(self, progress: checkpoint.Progress) -> None:
         """Tells the driver how far the run is, at most twice a second."""
@@ -141,7 +151,11 @@ class _Reporter:
             return
         self._told_at = time.monotonic()
         last = progress.metrics[-1]
-        told = {"done": progress.step, "loss": last["loss"], "tokens_per_second": last["tokens"] / last["seconds"]}
+        told = {
+            "done": progress.step,
+            "loss": last["loss"],
+            "tokens_per_second": last["tokens"] / last["seconds"],
+        }
         waiting = self.out / (HEARTBEAT + ".new")
         waiting.write_text(json.dumps(told))
         os.replace(waiting, self.out / HEARTBEAT)
@@ -172,7 +186,10 @@ class _Reporter:
         )
 
     def finish(
-        self, facts: dict[str, Any], state: dict[str, torch.Tensor] | None = None, neurons: Neurons | None = None
+        self,
+        facts: dict[str, Any],
+        state: dict[str, torch.Tensor] | None = None,
+        neurons: Neurons | None = None,
     ) -> None:
         """Reports the result as the run's last checkpoint; every worker has to call it."""
         import ray.train
@@ -184,7 +201,8 @@ class _Reporter:
         folder = Path(tempfile.mkdtemp(prefix="allo-result-"))
         if state is not None and neurons is not None:
             values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
-            delta.save(folder / DELTA, values, neurons.selection)
+            base = neurons.selection.base or fingerprint(self.base)
+            delta.save(folder / DELTA, values, neurons.selection, base)
         (folder / FACTS).write_text(json.dumps(facts))
         ray.train.report({}, checkpoint=Checkpoint.from_directory(str(folder)), checkpoint_dir_name=RESULT)
         shutil.rmtree(folder, ignore_errors=True)

@@ -47,7 +47,9 @@ def engine_config(config: TrainConfig, trainer: TrainerConfig) -> dict[str, Any]
 class ZeroUpdater:
     """A DeepSpeed engine around the policy. Needs an initialised torch process group."""
 
-    def __init__(self, policy: nn.Module, neurons: Neurons, config: TrainConfig, trainer: TrainerConfig) -> None:
+    def __init__(
+        self, policy: nn.Module, neurons: Neurons, config: TrainConfig, trainer: TrainerConfig
+    ) -> None:
         deepspeed = _quiet_deepspeed()
         self.neurons = neurons
         self.clip = config.clip
@@ -57,7 +59,10 @@ class ZeroUpdater:
         self.optimizer = make_optimizer(neurons, config)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self.engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=self.optimizer, config=engine_config(config, trainer), dist_init_required=False
+            model=policy,
+            optimizer=self.optimizer,
+            config=engine_config(config, trainer),
+            dist_init_required=False,
         )
 
     def forward(self, batch: Packed) -> torch.Tensor:
@@ -118,7 +123,9 @@ class ZeroUpdater:
                 kept = self.optimizer.state.get(values, {})
                 full = [values.detach(), *(kept.get(moment) for moment in MOMENTS)]
             else:
-                moments = [safe_get_full_optimizer_state(values, key) if self._steps() else None for key in MOMENTS]
+                moments = [
+                    safe_get_full_optimizer_state(values, key) if self._steps() else None for key in MOMENTS
+                ]
                 full = [safe_get_full_fp32_param(values), *moments]
             if self.worker == 0:
                 for key, tensor in zip(("values", *MOMENTS), full, strict=True):

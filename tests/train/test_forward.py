@@ -1,0 +1,153 @@
+"""Packed trees give the log-probs and gradients of every sequence computed alone, whatever the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from allo_ray.errors import UserError
+from allo_ray.train.attention import tree_attention
+from allo_ray.train.batching import pack
+from allo_ray.train.forward import Policy, load_model
+from allo_ray.train.rows import Row
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def separate_logprobs(folder: Path, rows: list[Row], slopes: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """transformers' own forward, one sequence at a time, full logits; gradients of (log-probs * slopes).sum()."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    found = []
+    for row in rows:
+        for response in (row.chosen, row.rejected):
+            ids = torch.from_numpy(np.concatenate([row.prompt, response])).long()[None]
+            logits = torch.log_softmax(model(ids).logits[0], -1)[len(row.prompt) - 1 : -1]
+            found.append(logits.gather(1, ids[0, len(row.prompt) :, None])[:, 0])
+    answers = torch.cat(found)
+    (answers * slopes).sum().backward()
+    return answers.detach(), gradients(model)
+
+
+def packed_logprobs(
+    folder: Path,
+    groups: list[list[Row]],
+    slopes: torch.Tensor,
+    chunk: int | None = None,
+    checkpointing: bool = False,
+) -> tuple[torch.Tensor, dict]:
+    model = load_model(folder, torch.float32, gradient_checkpointing=checkpointing)
+    policy = Policy(model, chunk)
+    answers = torch.cat([policy(pack(group, "pair")) for group in groups])
+    (answers * slopes).sum().backward()
+    return answers.detach(), gradients(model)
+
+
+def assert_close(one: tuple[torch.Tensor, dict], other: tuple[torch.Tensor, dict]) -> None:
+    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        torch.testing.assert_close(one[1][name], other[1][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def tokens_of(rows: list[Row]) -> int:
+    return sum(len(row.chosen) + len(row.rejected) for row in rows)
+
+
+def test_shared_prefix_equals_two_separate_sequences(
+    folder: Path, make_rows: Callable[..., list[Row]]
+) -> None:
+    """The trees of 7 pairs in one row of tokens, against 14 sequences of transformers, each alone."""
+    rows = make_rows(7)
+    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
+    assert_close(packed_logprobs(folder, [rows], slopes), separate_logprobs(folder, rows, slopes))
+
+
+def test_packing_chunking_and_checkpointing_change_nothing(
+    folder: Path, make_rows: Callable[..., list[Row]]
+) -> None:
+    """One micro-batch = one row at a time; head in chunks of 3 states = whole; recomputed layers = kept ones."""
+    rows = make_rows(5, seed=3)
+    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
+    whole = packed_logprobs(folder, [rows], slopes)
+    assert_close(whole, packed_logprobs(folder, [[row] for row in rows], slopes))
+    assert_close(whole, packed_logprobs(folder, [rows], slopes, chunk=3))
+    assert_close(whole, packed_logprobs(folder, [rows], slopes, checkpointing=True))
+
+
+def test_tree_of_a_pair_by_hand() -> None:
+    """Prompt 5 6, chosen 7 8 9, rejected 7 4 3 2.
+
+    The trunk is 5 6 7; chosen goes on with 8 (its last token 9 is never read), rejected with 4 3. Token 7 of both is
+    predicted by state 1 and computed once; 8 and 4 by state 2, 9 by state 3, then 3 by 4 and 2 by 5.
+    """
+    none = np.zeros(0, dtype=np.float32)
+    ids = [np.array(part, dtype=np.int32) for part in ([5, 6], [7, 8, 9], [7, 4, 3, 2])]
+    packed = pack([Row(0, "a", *ids, none, none, none)], "pair")
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 4, 3]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 3, 4]
+    assert packed.states[packed.source].tolist() == [1, 2, 3, 1, 2, 4, 5]
+    assert packed.targets[packed.source].tolist() == [7, 8, 9, 7, 4, 3, 2]
+    assert len(packed.states) == 6
+    assert packed.sequence.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    allowed = packed.grid.allowed[0, 0].int().tolist()
+    assert allowed == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 1],
+    ]
+
+
+def test_tokens_of_weight_zero_get_no_head(tiny_llama: Path, make_rows: Callable[..., list[Row]]) -> None:
+    """They answer their reference, and carry no gradient; a row without any weighted token still gives a graph."""
+    row = make_rows(1, seed=5)[0]
+    weight = np.zeros(len(row.rejected), dtype=np.float32)
+    weight[::2] = 1
+    reference = np.full(len(row.rejected), -2.5, dtype=np.float32)
+    packed = pack([replace(row, rejected_weight=weight, rejected_reference=reference)], "rejected")
+    assert len(packed.states) == int(weight.sum())
+    answers = Policy(load_model(tiny_llama, torch.float32))(packed)
+    assert torch.equal(answers[1::2], torch.full_like(answers[1::2], -2.5))
+    assert bool((answers[::2] != -2.5).all())
+    nothing = pack([replace(row, rejected_weight=weight * 0, rejected_reference=reference)], "rejected")
+    answers = Policy(load_model(tiny_llama, torch.float32))(nothing)
+    assert answers.tolist() == reference.tolist()
+    assert answers.requires_grad
+
+
+def test_sliding_window_counts_positions_not_places() -> None:
+    """The first token of the second branch lies 4 places after the prompt's end, yet only one position."""
+    none = np.zeros(0, dtype=np.float32)
+    ids = [np.array(part, dtype=np.int32) for part in ([5, 6], [7, 8, 9, 9], [4, 3, 2])]
+    grid = pack([Row(0, "a", *ids, none, none, none)], "pair").grid
+    query, key = (torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    value = torch.eye(7)[None, None, :, :].expand(1, 2, 7, 7)
+    seen = (
+        tree_attention(torch.nn.Module(), query, key, value, None, grid=grid, sliding_window=2)[0][0, :, 0]
+        > 0
+    )
+    assert seen[5].int().tolist() == [0, 1, 0, 0, 0, 1, 0]
+
+
+def test_models_whose_attention_cannot_be_built_are_refused() -> None:
+    heads = torch.zeros(1, 1, 2, 4)
+    with pytest.raises(UserError, match="does not pass keyword arguments"):
+        tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None)
+    grid = pack(
+        [Row(0, "a", *[np.arange(1, 3, dtype=np.int32)] * 3, *[np.zeros(0, np.float32)] * 3)], "pair"
+    ).grid
+    with pytest.raises(UserError, match="softcap"):
+        tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None, grid=grid, softcap=30.0)
