@@ -30,7 +30,8 @@ class Selection:
     Attributes:
         names: every parameter tensor of the model, in its order, selected or not.
         shapes: shape of each of them.
-        indices: int32 (int64 from 2^31 neurons on) [K_t], strictly rising; tensors without a selected neuron are absent.
+        indices: int32 (int64 from 2^31 neurons on) [K_t], strictly rising; a tensor without a selected neuron
+            is absent.
         dense: every neuron is selected; `indices` is then empty.
         base: fingerprint of the model that the importances were measured from ("" where that has no meaning).
         k: the share that was asked for, in [0, 1].
