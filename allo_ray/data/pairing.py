@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from allo_ray import tables
-from allo_ray.config.data import DataConfig, PairConfig, VerifyConfig
+from allo_ray.config.data import DataConfig, PairConfig
 from allo_ray.data.lookup import BATCH_ROWS, Lookup, stream, write_stream
 from allo_ray.data.tokenise import Tokeniser
-from allo_ray.data.verify import Verifier
 from allo_ray.errors import UserError
 
 Row = Mapping[str, Any]
@@ -35,11 +34,8 @@ class Side:
 class Pairing:
     """The rules, and the count of what each did."""
 
-    def __init__(
-        self, config: PairConfig, data: DataConfig, verify: VerifyConfig, seed: int, tokeniser: Tokeniser
-    ) -> None:
+    def __init__(self, config: PairConfig, data: DataConfig, seed: int, tokeniser: Tokeniser) -> None:
         self.config, self.data, self.seed, self.tokeniser = config, data, seed, tokeniser
-        self.verifier = Verifier(verify)
         self.facts: Counter[str] = Counter()
 
     def pairs(self, prompt: Row, samples: list[Row]) -> list[dict[str, Any]]:
@@ -51,7 +47,7 @@ class Pairing:
         facts["prompts"] += 1
         facts["samples"] += len(samples)
         samples = sorted(samples, key=lambda sample: sample["index"])
-        right, wrong = self._sides(prompt, samples)
+        right, wrong = self._sides(samples)
         human = not right and self.data.reference_is_response and bool(prompt["reference"])
         if human:
             facts["prompts_with_human_positive"] += 1
@@ -71,18 +67,13 @@ class Pairing:
         facts["pairs"] += len(rows)
         return rows
 
-    def _sides(self, prompt: Row, samples: list[Row]) -> tuple[list[Side], list[Side]]:
+    def _sides(self, samples: list[Row]) -> tuple[list[Side], list[Side]]:
         """(right, wrong or unverified) without empty ones and near-duplicates."""
-        gold = prompt["answer"]
-        if gold is None and prompt["reference"] is not None:
-            gold = self.verifier.gold(prompt["reference"])
         right: list[Side] = []
         wrong: list[Side] = []
         seen: set[str] = set()
         for sample in samples:
             verdict = sample["verdict"]
-            if verdict is None:
-                _, verdict = self.verifier.check(prompt["prompt"], sample["text"], gold)
             self.facts["unverified" if verdict is None else "right" if verdict else "wrong"] += 1
             text = sample["text"]
             if not text.strip():
@@ -116,13 +107,12 @@ def build_pairs(
     *,
     config: PairConfig,
     data: DataConfig,
-    verify: VerifyConfig,
     seed: int,
     tokeniser: Tokeniser,
 ) -> dict[str, int]:
     """Writes PAIRS to the file `out` from the tables PROMPTS and SAMPLES and returns the count of every rule.
 
-    Samples without a verdict are verified here. The samples of one prompt stand together in their table. Memory holds
+    The samples of one prompt stand together in their table. Memory holds
     the prompts' ids and a batch of samples.
 
     Raises:
@@ -132,8 +122,8 @@ def build_pairs(
     with Lookup(tables.PROMPTS, prompts, out.parent) as known:
         cut = None
         if config.limit:
-            cut = _cut(known, samples, Pairing(config, data, verify, seed, tokeniser), config.limit)
-        pairing = Pairing(config, data, verify, seed, tokeniser)
+            cut = _cut(known, samples, Pairing(config, data, seed, tokeniser), config.limit)
+        pairing = Pairing(config, data, seed, tokeniser)
         rows = (
             row
             for group in _groups(known, samples, pairing)
