@@ -9,7 +9,7 @@ from allo_ray.report.content import ReportData
 from allo_ray.report.figures import Line
 from allo_ray.report.markup import Markup, el
 from allo_ray.report.parts import framed, panel, section
-from allo_ray.report.training import known, values
+from allo_ray.report.training import dropping, known, values
 from allo_ray.report.wording import count, percent
 
 #: The stage that drops tokens by v.
@@ -22,9 +22,9 @@ _U_CAPTION = (
     "curve is flat, another u would change little. The left-hand scale is logarithmic."
 )
 _V_CAPTION = (
-    "Share of the response tokens that carry weight at each step. Learning drops at most the share v of "
-    "each rejected response, and nothing at its first step, where all ratios are equal: look for a start at "
-    "100 % and a quick fall. Forgetting keeps what u keeps, so its line only wavers with the batches."
+    "Share of the rejected tokens that carry weight at each step, for the stages that drop any. Learning drops at "
+    "most the share v of each response, and nothing at its first step, where all ratios are equal: look for a start "
+    "at 100 % and a quick fall. Forgetting keeps what u keeps, so its line only wavers with the batches."
 )
 
 
@@ -56,7 +56,7 @@ def _by_u(data: ReportData) -> Markup | None:
 def _by_v(data: ReportData) -> Markup | None:
     panels = []
     for stage, metrics in data.curves.items():
-        kept = values(metrics, "kept")
+        kept = dropping(metrics)
         if not known(kept):
             continue
         mark = None

@@ -39,6 +39,12 @@ def known(ys: Sequence[float]) -> list[float]:
     return [y for y in ys if math.isfinite(y)]
 
 
+def dropping(metrics: pa.Table) -> list[float]:
+    """Share of the tokens that carry weight, by step; all nan where the stage never drops one."""
+    kept = values(metrics, "kept")
+    return kept if any(share < 1 for share in known(kept)) else [math.nan] * len(kept)
+
+
 def _stage(stage: str, metrics: pa.Table) -> Markup:
     steps, loss = values(metrics, "step"), values(metrics, "loss")
     facts = [f"{count(len(steps))} steps"]
@@ -62,7 +68,7 @@ def _stage(stage: str, metrics: pa.Table) -> Markup:
             False,
         ),
         ("pairs ranked right", [Line("accuracy", values(metrics, "accuracy"), "s4")], (0.5, "chance"), True),
-        ("kept tokens", [Line("kept", values(metrics, "kept"), "s5")], None, True),
+        ("kept tokens", [Line("kept", dropping(metrics), "s5")], None, True),
     )
     panels = []
     for column, (title, lines, mark, shares) in enumerate(charts, start=1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from html.parser import HTMLParser
@@ -228,6 +230,17 @@ def test_stages_of_any_length(build_run: Build, build_metrics: Callable[..., obj
     assert len(page.encode()) < 600_000
 
 
+def test_kept_share_is_shown_only_where_tokens_are_dropped(
+    build_run: Build, build_metrics: Callable[..., object]
+) -> None:
+    curves = {"sft": build_metrics(8, paired=False, kept=1.0), "learn": build_metrics(8, kept=0.8)}
+    text = Page(render(build_run(curves=curves))).text
+    assert "kept by step, learn" in text
+    assert "kept by step, sft" not in text
+    assert text.count("kept tokens") == 1
+    assert "step 8: kept 80.00 %" in text
+
+
 def test_a_large_run_stays_small(build_run: Build) -> None:
     """A model of 80 layers, long responses in a script of three bytes a letter: under 1.5 MB."""
     tokens = ["<字>"] * 3000
@@ -262,3 +275,13 @@ def test_models_keep_their_colours(build_run: Build) -> None:
 
 def test_same_input_same_page(build_run: Build) -> None:
     assert render(build_run()) == render(build_run())
+
+
+def test_the_report_needs_neither_torch_nor_ray() -> None:
+    """A client without them can draw a report; checked in a fresh interpreter."""
+    code = (
+        "import sys, allo_ray.report.html, allo_ray.report.campaign, allo_ray.report.terminal; "
+        "print(*({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
