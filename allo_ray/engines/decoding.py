@@ -1,7 +1,7 @@
 """Autoregressive decoding with a transformers model: one seed per row, stop strings, rows leave when they are done.
 
 Legend: S rows still running, T tokens so far (left-padded), V vocabulary. Each row draws from a generator of its
-own, by inverse transform over its sorted distribution, so its response does not depend on its batch.
+own, by inverse transform, so its response does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from allo_ray.engines.base import Completion, GenerateRequest, Sampling
+from allo_ray.engines.detokenise import GrowingText
+from allo_ray.engines.nucleus import keep_nucleus
 
 
 def decode(
@@ -47,6 +49,7 @@ def decode(
     running = list(range(len(requests)))
     draws = [torch.Generator().manual_seed((request.seed or 0) % 2**63) for request in requests]
     said: list[list[int]] = [[] for _ in requests]
+    texts = [GrowingText(tokenizer, request.prompt_ids, sampling.stop) for request in requests]
     answers: dict[int, Completion] = {}
     while running:
         logits = model(
@@ -62,11 +65,12 @@ def decode(
         for row, (i, token) in enumerate(zip(running, tokens.tolist(), strict=True)):
             said[i].append(token)
             room = min(sampling.max_tokens, max_model_len - len(requests[i].prompt_ids))
-            answer = _finished(tokenizer, said[i], sampling, room, eos)
-            if answer is None:
-                keep.append(row)
+            if (token in eos and not sampling.ignore_eos) or texts[i].add(token):
+                answers[i] = Completion(said[i], texts[i].text, "stop")
+            elif len(said[i]) == room:
+                answers[i] = Completion(said[i], texts[i].text, "length")
             else:
-                answers[i] = answer
+                keep.append(row)
         kept = torch.tensor(keep, dtype=torch.long, device=device)
         if len(keep) < len(running):
             running = [running[row] for row in keep]
@@ -79,30 +83,11 @@ def decode(
 
 
 def _draw(logits: Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> Tensor:
-    """The next token [S] for logits [S, V]."""
+    """The next token [S], on the CPU, for logits [S, V]."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs, order = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    total = probs.cumsum(-1)
-    # The nucleus: the fewest tokens that reach top_p, so a token belongs to it if those before it do not.
-    inside = total - probs < sampling.top_p
-    mass = (probs * inside).sum(-1, keepdim=True)
-    point = torch.stack([torch.rand((), generator=draw) for draw in draws])[:, None].to(logits.device) * mass
-    rank = (total <= point).sum(-1, keepdim=True)
-    return order.gather(-1, torch.minimum(rank, inside.sum(-1, keepdim=True) - 1)).squeeze(-1).cpu()
-
-
-def _finished(
-    tokenizer: Any, said: list[int], sampling: Sampling, room: int, eos: frozenset[int]
-) -> Completion | None:
-    """The completion if the last token ended it."""
-    if said[-1] in eos and not sampling.ignore_eos:
-        return Completion(said, tokenizer.decode(said[:-1], skip_special_tokens=True), "stop")
-    if sampling.stop:
-        text = tokenizer.decode(said, skip_special_tokens=True)
-        cuts = [text.find(stop) for stop in sampling.stop if stop in text]
-        if cuts:
-            return Completion(said, text[: min(cuts)], "stop")
-    if len(said) >= room:
-        return Completion(said, tokenizer.decode(said, skip_special_tokens=True), "length")
-    return None
+        return logits.argmax(-1).cpu()
+    logits = keep_nucleus(logits / sampling.temperature, torch.full((len(logits),), sampling.top_p))
+    total = logits.softmax(-1, dtype=torch.float32).double().cumsum(-1).cpu()
+    points = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])[:, None]
+    # The first token whose running total exceeds the point; its own probability is above zero.
+    return torch.searchsorted(total, points * total[:, -1:], right=True).squeeze(-1)

@@ -112,7 +112,7 @@ class TransformersEngine:
             first = i * longest + len(request.context_ids) - 1
             positions.extend(range(first, first + len(request.response_ids)))
         ids = ids.to(self._device)
-        where = torch.tensor(positions, device=self._device)
+        where = torch.tensor(positions, dtype=torch.long, device=self._device)
         hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [S, T, H]
         hidden = hidden.flatten(0, 1)[where]  # [R of all rows, H]
         told = self._logprobs(hidden, ids.flatten()[where + 1]).cpu().numpy()

@@ -21,6 +21,7 @@ import numpy as np
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.engines.base import Completion, EngineDied, GenerateRequest, Sampling, ScoreRequest, model_facts
+from allo_ray.engines.vllm_cpu import FIRST, speed_up
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -41,8 +42,6 @@ def vllm_environment(config: EngineConfig) -> dict[str, str]:
     if config.pool.num_gpus == 0:
         # The engine runs inside the actor's own process; a process of its own would cost 20 s more to start.
         told["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Without this the first prompt log-probs compile a kernel for 20 s.
-        told["TORCHDYNAMO_DISABLE"] = "1"
     return told
 
 
@@ -90,7 +89,6 @@ class VllmEngine:
                 seed=request.seed if sampling.temperature else None,
                 ignore_eos=sampling.ignore_eos,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                skip_clone=True,
             )
 
         outputs = self._submit([(list(request.prompt_ids), params(request)) for request in requests])
@@ -102,16 +100,18 @@ class VllmEngine:
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        whole = [[*request.context_ids, *request.response_ids] for request in requests]
-        outputs = self._submit([(ids, params) for ids in whole])
+        def params(request: ScoreRequest) -> SamplingParams:
+            return SamplingParams(
+                temperature=0,
+                max_tokens=1,
+                prompt_logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={FIRST: len(request.context_ids)},
+            )
+
+        outputs = self._submit([([*one.context_ids, *one.response_ids], params(one)) for one in requests])
         return [
             _response_logprobs(output, request) for output, request in zip(outputs, requests, strict=True)
         ]
@@ -231,8 +231,14 @@ class VllmEngine:
             disable_log_stats=True,
             seed=0,
             generation_config="vllm",
+            use_tqdm_on_load=False,
         )
         if cpu:
+            # A seeded request whose prompt is cut into chunks dies on the CPU: its generator cannot be rewound.
+            arguments |= dict(
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(arguments["max_num_batched_tokens"], arguments["max_model_len"]),
+            )
             arguments |= dict(
                 enforce_eager=True,
                 kv_cache_memory_bytes=int(pool.kv_cache_gib * 2**30),
@@ -240,7 +246,10 @@ class VllmEngine:
             )
         else:
             arguments |= dict(gpu_memory_utilization=pool.gpu_memory_utilization)
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if cpu:
+            engine.collective_rpc(speed_up)
+        return engine
 
     def _load_weights(self, folder: str) -> None:
         while self._engine.has_unfinished_requests():
