@@ -14,6 +14,8 @@ JOBS = {
     "score": "log-probabilities of given responses, token by token, resumable",
     "eval": "answer and score evaluation suites with any model",
     "export": "rebuild a full model from a base and sparse deltas",
+    "submit": "run one of these jobs on a cluster: checked first, followed to its end",
+    "jobs": "the jobs of a cluster: list, logs, stop, report",
     "doctor": "check this machine, and say what to do about each problem",
 }
 

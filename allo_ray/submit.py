@@ -1,0 +1,272 @@
+"""Jobs on a Ray cluster: checked before they are sent, followed while they run.
+
+Wraps Ray's `JobSubmissionClient`. What would fail on the cluster after minutes is found here in seconds: an address
+where nothing answers, a missing token, another Ray version, a working directory with data in it, a config that is
+wrong or that keeps its results where the next node cannot see them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import re
+import shlex
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from allo_ray.config.load import load
+from allo_ray.config.run import RunConfig
+from allo_ray.doctor import listening
+from allo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+#: Code is far smaller. Ray itself refuses 500 MiB, after minutes of packing.
+MOST_BYTES = 100 << 20
+RUNTIME_ENV = Path("cluster") / "runtime_env.yaml"
+#: Jobs with a config whose `store` and `runs` every node has to reach.
+WITH_STORE = ("align", "tune", "sample", "score", "eval")
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the cluster whose dashboard answers at `address` (default: RAY_API_SERVER_ADDRESS).
+
+    A token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token is sent along unless RAY_AUTH_MODE says no.
+
+    Raises:
+        UserError: no address; nothing answers; no or a wrong token; another Ray version than here.
+    """
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise UserError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
+    if "://" not in address:
+        address = f"http://{address}"
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https"):
+        raise UserError(
+            f"--address {address}: jobs go to the dashboard, http://HOST:8265 (not {parts.scheme}://)"
+        )
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if not listening(parts.hostname or "", port, timeout=5):
+        raise UserError(
+            f"--address {address}: nothing answers there. Is the cluster up, and the dashboard forwarded "
+            "(`kubectl port-forward service/NAME-head-svc 8265` or `ray dashboard cluster/aws.yaml`)?"
+        )
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or token.is_file()):
+        os.environ["RAY_AUTH_MODE"] = "token"  # read when ray is imported
+
+    import ray
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        version = (
+            client._server_ray_version
+        )  # asked for when the client was made; get_version() is the API's own
+    except AuthenticationError:
+        raise UserError(
+            f"{address} asks for a token, and there is none here or another one: put the cluster's token into "
+            "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+        ) from None
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"--address {address}: no Ray dashboard answers ({str(error).splitlines()[0]})"
+        ) from None
+    if version != ray.__version__:
+        raise UserError(
+            f"{address} runs Ray {version}, this environment has {ray.__version__}. Use a cluster image built from "
+            f"this checkout (cluster/Dockerfile.*), or `pip install ray=={version}` here."
+        )
+    return client
+
+
+def package(folder: Path) -> dict[str, Any]:
+    """The runtime environment that sends `folder` along: its cluster/runtime_env.yaml, if it has one, and itself.
+
+    Raises:
+        UserError: no such folder, or more than 100 MiB in it; names the largest files.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--working-dir {folder}: no such folder")
+    settings: dict[str, Any] = {}
+    if (folder / RUNTIME_ENV).is_file():
+        settings = yaml.safe_load((folder / RUNTIME_ENV).read_text()) or {}
+    files = travelling_files(folder, settings.get("excludes", []))
+    total = sum(size for _, size in files)
+    if total > MOST_BYTES:
+        largest = sorted(files, key=lambda entry: -entry[1])[:5]
+        listed = "".join(
+            f"\n  {size >> 20} MiB  {path.relative_to(folder.resolve())}" for path, size in largest
+        )
+        raise UserError(
+            f"--working-dir {folder} holds {total >> 20} MiB, at most {MOST_BYTES >> 20} may travel with a job. Put "
+            "data and models on storage that the cluster reaches, and name the rest in .rayignore. The largest:"
+            f"{listed}"
+        )
+    return {**settings, "working_dir": str(folder)}
+
+
+def travelling_files(folder: Path, excludes: Sequence[str]) -> list[tuple[Path, int]]:
+    """(file, bytes) of what Ray would pack from `folder`, by Ray's own rules for excludes and ignore files."""
+    from ray._private.runtime_env import packaging
+
+    folder = folder.resolve()
+    found: list[tuple[Path, int]] = []
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            found.append((path, path.stat().st_size))
+
+    rules = [packaging._get_excludes(folder, list(excludes))] if excludes else []
+    packaging._dir_travel(folder, rules, note, include_gitignore=True)
+    return found
+
+
+def check_command(command: Sequence[str], folder: Path) -> RunConfig | None:
+    """The config that `command` (job and its options) will use, if it is a file or preset here.
+
+    Raises:
+        UserError: the config is wrong; it does not travel with the job; its store or runs is a relative path, which on
+            a cluster is the job's own temporary folder.
+    """
+    if command[0] not in WITH_STORE:
+        return None
+    source = _option(command, "--config")
+    if source is None or source.startswith("/") or "://" in source:
+        return None  # the cluster's own file: checked there
+    if Path(source).suffix and not (folder / source).is_file():
+        raise UserError(
+            f"--config {source}: no such file in the working directory {folder.resolve()}, so it cannot travel"
+        )
+    local = folder / source if Path(source).suffix else source
+    config = load(
+        local, [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
+    )
+    for key in ("store", "runs"):
+        value = getattr(config, key)
+        if not value.startswith("/") and "://" not in value:
+            raise UserError(
+                f"{source}: `{key}: {value}` would lie in the job's temporary folder on one node. Name a path that all "
+                f"nodes mount, or a URL: --set {key}=/shared/{key}"
+            )
+    return config
+
+
+def submit(
+    client: JobSubmissionClient, command: Sequence[str], folder: Path, metadata: dict[str, str] | None = None
+) -> str:
+    """Sends `python -m jobs.<job> <options>` with `folder` and returns the submission id."""
+    entrypoint = shlex.join(["python", "-m", f"jobs.{command[0]}", *command[1:]])
+    try:
+        return client.submit_job(entrypoint=entrypoint, runtime_env=package(folder), metadata=metadata)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"the cluster did not take the job: {str(error).splitlines()[0]}") from None
+
+
+def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
+    """Writes the job's log as it grows; returns the exit code of the job when it has ended.
+
+    0 for success; the driver's own code, or 1 if it has none, for failure; 143 for a stopped job. A connection
+    that breaks is taken up again, without repeating lines.
+
+    Raises:
+        UserError: the cluster stays away for a minute.
+    """
+    written = 0
+
+    async def tail() -> None:
+        nonlocal written
+        position = 0
+        async for chunk in client.tail_job_logs(job):
+            fresh = chunk[max(0, written - position) :]
+            position += len(chunk)
+            if fresh:
+                written = position
+                write(fresh)
+
+    away_since: float | None = None
+    while True:
+        try:
+            asyncio.run(tail())
+            info = client.get_job_info(job)
+            away_since = None
+        except (RuntimeError, OSError) as error:
+            away_since = away_since or time.monotonic()
+            if time.monotonic() - away_since > 60:
+                raise UserError(f"lost the cluster while following {job}: {error}") from None
+            time.sleep(2)
+            continue
+        if info.status.is_terminal():
+            return exit_code(info)
+        time.sleep(1)
+
+
+def exit_code(info: JobDetails) -> int:
+    """The exit code that stands for a finished job."""
+    if info.status == "SUCCEEDED":
+        return 0
+    return 143 if info.status == "STOPPED" else info.driver_exit_code or 1
+
+
+def find(client: JobSubmissionClient, job: str) -> JobDetails:
+    """The job with this submission id.
+
+    Raises:
+        UserError: the cluster knows no such job; names those it knows.
+    """
+    jobs = {details.submission_id: details for details in client.list_jobs() if details.submission_id}
+    if job not in jobs:
+        raise UserError(f"no job {job} on the cluster; there are: {', '.join(jobs) or 'none'}")
+    return jobs[job]
+
+
+def fetch_report(client: JobSubmissionClient, job: str, target: Path) -> Path:
+    """Writes the report of a finished job to `target`, whatever storage only the cluster reaches.
+
+    A small job on the cluster reads it and prints it, compressed, to its log.
+
+    Raises:
+        UserError: the job left no word of a report, or the report is not there; nothing is written then.
+    """
+    report = (find(client, job).metadata or {}).get("report")
+    if not report:
+        raise UserError(
+            f"{job} was not sent by `allo submit` with a config, so where its report lies is not known"
+        )
+    if target.exists():
+        raise UserError(f"{target} exists already: name another file")
+    code = (
+        "import base64, sys, zlib, fsspec; content = fsspec.open(sys.argv[1]).open().read(); "
+        "print('<report>' + base64.b64encode(zlib.compress(content)).decode() + '</report>')"
+    )
+    reader = client.submit_job(entrypoint=shlex.join(["python", "-c", code, report]))
+    while not (info := client.get_job_info(reader)).status.is_terminal():
+        time.sleep(1)
+    log = client.get_job_logs(reader)
+    client.delete_job(reader)
+    found = re.search("^<report>([A-Za-z0-9+/=]+)</report>$", log, re.MULTILINE)
+    if info.status != "SUCCEEDED" or not found:
+        raise UserError(
+            f"{job}: no report at {report} yet ({log.strip().splitlines()[-1] if log.strip() else info.message})"
+        )
+    target.write_bytes(zlib.decompress(base64.b64decode(found[1])))
+    return target
+
+
+def _option(command: Sequence[str], name: str) -> str | None:
+    for index, word in enumerate(command):
+        if word == name and index + 1 < len(command):
+            return command[index + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None

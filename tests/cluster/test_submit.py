@@ -1,0 +1,235 @@
+"""Submitting jobs: what is refused before anything is sent, and a job's life on a real cluster."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from allo_ray import submit
+from allo_ray.errors import UserError
+from jobs import jobs as jobs_job
+from jobs import submit as submit_job
+from tests.cluster.conftest import LocalCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
+
+
+def test_an_address_is_needed() -> None:
+    with pytest.raises(UserError, match="--address http://HOST:8265"):
+        submit.connect(None)
+
+
+def test_an_address_where_nothing_listens() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="nothing answers there"):
+            submit.connect(f"http://127.0.0.1:{held.getsockname()[1]}")
+
+
+def test_the_client_port_is_not_the_dashboard() -> None:
+    with pytest.raises(UserError, match="jobs go to the dashboard"):
+        submit.connect("ray://somewhere:10001")
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Answers every request as a dashboard of Ray 2.9 would answer the question for its version."""
+
+    def do_GET(self) -> None:
+        body = b'{"version": "4", "ray_version": "2.9.0", "ray_commit": "x"}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_another_ray_version_is_refused() -> None:
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(UserError, match=r"runs Ray 2\.9\.0, this environment has"):
+            submit.connect(f"127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_heavy_working_directory_is_refused_with_its_largest_file(tmp_path: Path) -> None:
+    with (tmp_path / "data.bin").open("wb") as file:
+        file.truncate(submit.MOST_BYTES + 1)  # a hole: no disk is used
+    with pytest.raises(UserError, match=r"100 MiB  data\.bin"):
+        submit.package(tmp_path)
+    (tmp_path / ".rayignore").write_text("*.bin\n")
+    assert submit.package(tmp_path) == {"working_dir": str(tmp_path)}
+
+
+def test_the_repository_travels_light_and_without_results() -> None:
+    """Code and configs alone: the packages are in the cluster's image."""
+    settings = submit.package(ROOT)
+    files = submit.travelling_files(ROOT, settings["excludes"])
+    names = {str(path.relative_to(ROOT)) for path, _ in files}
+    assert {"jobs/cli.py", "allo_ray/errors.py"} <= names
+    assert not {name for name in names if name.split("/")[0] in (".git", ".venv", "runs", "store", "tests")}
+    assert sum(size for _, size in files) < 10 << 20
+
+
+def test_a_relative_store_is_refused(tmp_path: Path) -> None:
+    """It would lie in the job's temporary folder, which the next run never sees."""
+    with pytest.raises(UserError, match="--set store=/shared/store"):
+        submit.check_command(["align", "--config", "smoke"], tmp_path)
+    settings = ["--set", "store=/shared/store", "--set", "runs=/shared/runs"]
+    config = submit.check_command(["align", "--config", "smoke", *settings], tmp_path)
+    assert config
+    assert config.store == "/shared/store"
+
+
+def test_a_config_that_would_not_travel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot travel"):
+        submit.check_command(["align", "--config", "mine.yaml"], tmp_path)
+
+
+def test_a_wrong_config_is_refused_here(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: smoke\nlern: {k: 0.1}\n")
+    with pytest.raises(UserError, match="lern"):
+        submit.check_command(["align", "--config=mine.yaml"], tmp_path)
+
+
+@pytest.mark.parametrize("command", [[], ["--"], ["--", "doctor"], ["--", "nothing"]])
+def test_only_known_jobs_are_sent(command: list[str]) -> None:
+    with pytest.raises(UserError, match="say which job to run"):
+        submit_job.main(["--address", "http://127.0.0.1:1", *command])
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("STOPPED", -15, 143)],
+)
+def test_exit_codes(status: str, code: int | None, expected: int) -> None:
+    info = SimpleNamespace(status=status, driver_exit_code=code)
+    assert submit.exit_code(info) == expected  # pyright: ignore[reportArgumentType]
+
+
+class Flaky:
+    """A cluster whose connection breaks once in the middle of a log; each tail starts from the beginning."""
+
+    def __init__(self) -> None:
+        self.tails = 0
+
+    async def tail_job_logs(self, job: str):
+        self.tails += 1
+        yield "one\ntw"
+        if self.tails == 1:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield "o\nthree\n"
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        status = SimpleNamespace(is_terminal=lambda: True)
+        return SimpleNamespace(status=status, driver_exit_code=7)
+
+
+def test_a_broken_connection_repeats_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    written: list[str] = []
+    code = submit.follow(Flaky(), "job", written.append)  # pyright: ignore[reportArgumentType]
+    assert "".join(written) == "one\ntwo\nthree\n"
+    assert code == 7
+
+
+def test_the_list_shows_submitted_jobs_latest_first() -> None:
+    def job(name: str | None, start: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            submission_id=name,
+            status="SUCCEEDED",
+            start_time=start,
+            end_time=start + 90_000,
+            entrypoint="python x",
+        )
+
+    out = io.StringIO()
+    jobs_job.show(
+        [job("early", 10**12), job(None, 10**12), job("late", 2 * 10**12)], Console(file=out, width=120)
+    )
+    lines = out.getvalue().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["late", "early"]
+    assert " 1.5 " in lines[1]
+
+
+# A stand-in for jobs.align: the life of a job is the same, whatever it does.
+ALIGN = """
+import pathlib, sys, time
+print("working on", sys.argv[2], flush=True)
+report = pathlib.Path(sys.argv[sys.argv.index("--set") + 1].split("=")[1], "smoke", "report.html")
+report.parent.mkdir(parents=True)
+report.write_text("<p>done</p>")
+if "slow" in sys.argv:
+    time.sleep(600)
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_the_life_of_a_job_on_a_real_cluster(local_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Sent, followed, ended with the job's code, its report fetched; another one stopped; a wrong token refused."""
+    code = tmp_path / "code"
+    (code / "jobs").mkdir(parents=True)
+    (code / "jobs" / "__init__.py").touch()
+    (code / "jobs" / "align.py").write_text(ALIGN)
+
+    def allo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "jobs.cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=ROOT,
+            env={
+                **local_cluster.environment,
+                "RAY_API_SERVER_ADDRESS": local_cluster.dashboard,
+                **environment,
+            },
+        )
+
+    sending = ["submit", "--working-dir", str(code)]
+    job = ["--", "align", "--config", "smoke", "--set"]
+    first = allo(*sending, *job, f"runs={tmp_path}/runs", "--set", f"store={tmp_path}/store")
+    assert "working on smoke" in first.stdout, first.stdout + first.stderr
+    assert first.returncode == 3
+    name = first.stdout.split()[2]
+    fetched = allo("jobs", "report", name, "--to", str(tmp_path / "report.html"))
+    assert fetched.returncode == 0, fetched.stderr
+    assert (tmp_path / "report.html").read_text() == "<p>done</p>"
+
+    second = allo(*sending, "--no-wait", *job, f"runs={tmp_path}/2", "--set", f"store={tmp_path}/2", "slow")
+    assert second.returncode == 0, second.stderr
+    name = second.stdout.split()[2]
+    assert allo("jobs", "stop", name).returncode == 0
+    assert allo("jobs", "logs", name).returncode == 143
+    assert name in allo("jobs").stdout
+    assert "no job missing" in allo("jobs", "stop", "missing").stderr
+
+    wrong = tmp_path / "wrong-token"
+    wrong.write_text("0" * 64)
+    os.chmod(wrong, 0o600)
+    refused = allo("jobs", RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert refused.returncode == 2
+    assert "asks for a token" in refused.stderr
