@@ -100,8 +100,8 @@ def select_mapped(
 ) -> list[Selection]:
     """As `select`, with the passes mapped over the tensors by `mapper`, which may run them in parallel."""
     band = not isinstance(order, str)
-    shares = list(order[1:]) if band else list(ks)
-    ranking = Ranking("top" if isinstance(order, tuple) else order, seed)
+    shares = list(ks) if isinstance(order, str) else list(order[1:])
+    ranking = Ranking(order if isinstance(order, str) else "top", seed)
     admits = re.compile(include).search if include is not None else lambda name: True
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -113,7 +113,7 @@ def select_mapped(
     total = sum(sizes.values())
     wanted = _counts(shares, total, band, include)
     cuts = [_cut(bins, count, LOW_BITS) for count in wanted]
-    crowded = {cut.low for cut in cuts if bins[cut.low >> LOW_BITS] * CROWDED > total}
+    crowded = {cut.low for cut in cuts if cut.need and bins[cut.low >> LOW_BITS] * CROWDED > total}
     if crowded:
         lows = {low: np.zeros(LOWS, dtype=np.int64) for low in crowded}
         for counted in mapper(partial(refine, ranking, include, sorted(crowded))):
@@ -127,10 +127,9 @@ def select_mapped(
     ]
     if band:
         chosen = [_without(chosen[1], chosen[0])]
-        shares, order = [shares[1] - shares[0]], "band"
-    return [
-        _selection(shapes, indices, base, k, str(order)) for k, indices in zip(shares, chosen, strict=True)
-    ]
+        shares = [shares[1] - shares[0]]
+    told = order if isinstance(order, str) else "band"
+    return [_selection(shapes, indices, base, k, told) for k, indices in zip(shares, chosen, strict=True)]
 
 
 def histogram(
@@ -165,7 +164,10 @@ def gather(
     """Last pass over one tensor: its part of every cut; None where `include` does not admit it."""
     if include is not None and not re.search(include, name):
         return None
-    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in cuts]
+    nothing = np.empty(0, np.int32)
+    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [
+        [(nothing, nothing, nothing)] for _ in cuts
+    ]
     loosest_first = sorted(range(len(cuts)), key=lambda number: cuts[number].low)
     size = index_dtype(before.numel())
     for start, keys in _stretches(ranking, include, name, before, after):
@@ -179,12 +181,15 @@ def gather(
             within = ~above
             stored = places.astype(np.int32 if size == torch.int32 else np.int64)
             found[number].append((stored[above], stored[within], keys[within]))
-    return [
-        Gathered(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        if parts
-        else Gathered(*[np.empty(0, np.int32)] * 3)
-        for parts in found
-    ]
+    return [_joined(cut, parts) for cut, parts in zip(cuts, found, strict=True)]
+
+
+def _joined(cut: Cut, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Gathered:
+    """One tensor's part of a cut from its stretches."""
+    above, within, keys = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if cut.low == cut.high:  # all equal: only the first can be among the first of all tensors
+        within, keys = within[: cut.need], keys[: cut.need]
+    return Gathered(above, within, keys)
 
 
 def resolve(cut: Cut, parts: Sequence[Gathered | None]) -> list[np.ndarray]:
@@ -222,7 +227,9 @@ def _stretches(
     """The keys of one tensor, a stretch at a time; nothing where `include` does not admit it."""
     if include is not None and not re.search(include, name):
         return
-    assert before.dtype == after.dtype == torch.float32 and before.shape == after.shape, name
+    assert before.dtype == torch.float32, name
+    assert after.dtype == torch.float32, name
+    assert before.shape == after.shape, name
     first, second = before.reshape(-1), after.reshape(-1)
     for start in range(0, first.numel(), STRETCH):
         stretch = slice(start, start + STRETCH)
