@@ -14,17 +14,17 @@ from allo_ray.models import neurons_of
 from allo_ray.report.content import Comparison, ModelScores
 from allo_ray.report.terminal import Progress, closing
 from allo_ray.results import Run
-from allo_ray.session import cluster
+from allo_ray.session import chatter_to, cluster
 from allo_ray.store import Store
 
 
-def align(config: RunConfig, console: Console | None = None) -> Run:
+def align(config: RunConfig) -> Run:
     """Runs what the store does not hold yet and writes runs/<name>/.
 
     Raises:
         UserError: config, data or machine do not allow the run; said before any worker starts.
     """
-    console = console or Console()
+    console = Console()
     started = time.perf_counter()
     store = Store(config.store)
     nodes = method.graph(config)
@@ -35,11 +35,14 @@ def align(config: RunConfig, console: Console | None = None) -> Run:
         show(run, console)
         return run
     check(config, store)
-    with cluster(config.cluster, max(config.trainer.num_gpus, config.engine.pool.num_gpus)):
+    log = results.folder_of(config) / "run.log"
+    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
+    gpus = max(config.trainer.num_gpus, config.engine.pool.num_gpus)
+    with chatter_to(log) as terminal, cluster(config.cluster, gpus):
         connected = time.perf_counter() - started
-        with Progress(console) as lines:
+        with Progress(terminal) as lines:
             done = pipeline.run(config, nodes, store, lines, parallel=config.cluster.parallel_stages)
-    run = results.write(config, done, store, time.perf_counter() - started, connected)
+        run = results.write(config, done, store, time.perf_counter() - started, connected)
     show(run, console)
     return run
 

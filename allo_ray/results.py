@@ -18,7 +18,8 @@ from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.models import ModelRef
-from allo_ray.neurons.delta import export, stack
+from allo_ray.neurons.delta import stack
+from allo_ray.neurons.export import export
 from allo_ray.pipeline import Done
 from allo_ray.report.content import Comparison, ModelScores, Negative, ReportData, StageTime
 from allo_ray.report.html import render
@@ -191,7 +192,7 @@ def _negatives(artifacts: Mapping[str, Artifact], store: Store) -> list[Negative
     """Negatives of which most is known: those whose q the learning stage recorded first, one of a prompt."""
     pairs = tables.PAIRS.read(local_path(artifacts["pairs"].file("pairs.parquet")))
     dropped: dict[str, list[float]] = {}
-    if "learn" in artifacts:
+    if "learn" in artifacts and local_path(artifacts["learn"].file("kept.parquet")).exists():
         seen = tables.KEPT.read(local_path(artifacts["learn"].file("kept.parquet")))
         dropped = dict(zip(seen["id"].to_pylist(), seen["q"].to_pylist(), strict=True))
     scores = _by_id(artifacts, "token scores", "token_scores.parquet", tables.TOKEN_SCORES, "p_re")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
 
 from allo_ray.config.run import ClusterConfig
 from allo_ray.errors import UserError
@@ -35,6 +39,31 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(ray|transformers|torch|deepspeed)\b.*")
     for name in ("ray", "ray.data", "ray.train", "ray.tune", "transformers", "DeepSpeed", "vllm", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def chatter_to(path: Path) -> Iterator[Console]:
+    """Sends all that this process prints to the file `path`, down to its C++ parts; yields a console for the user.
+
+    The console writes where stdout went before, and is as wide and as colourful as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    with path.open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield Console(file=terminal)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, old in enumerate(kept, start=1):
+            os.dup2(old, number)
+            os.close(old)
+        terminal.close()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from allo_ray.data.verify import Verifier
 from allo_ray.engines.base import Sampling
 from allo_ray.errors import UserError
 from allo_ray.models import ModelRef
-from allo_ray.neurons.delta import export
+from allo_ray.neurons.export import export
 from allo_ray.stages.base import Context, Stage, artifact_model
 from allo_ray.store import local_path
 from evals.suites.registry import load_suite

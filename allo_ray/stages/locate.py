@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from allo_ray.neurons.delta import iter_masters
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from allo_ray.models import fingerprint
+from allo_ray.neurons.masters import iter_masters
 from allo_ray.neurons.select import select
 from allo_ray.stages.base import Context, Stage
+from allo_ray.store import local_path
 
 
 def run(ctx: Context) -> None:
@@ -12,7 +18,7 @@ def run(ctx: Context) -> None:
     start, tuned = ctx.model("start"), ctx.model("tuned")
     options = ctx.settings["locate"]
 
-    def tensors():  # both models, tensor by tensor, in the same order
+    def tensors() -> Iterator[tuple[str, Tensor, Tensor]]:  # both models, tensor by tensor, in the same order
         pairs = zip(iter_masters(start.base, start.layers), iter_masters(tuned.base, tuned.layers), strict=True)
         for (name, before), (other, after) in pairs:
             assert name == other, f"tensor order differs: {name}, {other}"
@@ -20,7 +26,12 @@ def run(ctx: Context) -> None:
 
     order = ("band", *options["band"]) if options["order"] == "band" else options["order"]
     [selection] = select(
-        tensors, [ctx.settings["k"]], order=order, include=options["include"], seed=ctx.settings["seed"]
+        tensors,
+        [ctx.settings["k"]],
+        order=order,
+        include=options["include"],
+        seed=ctx.settings["seed"],
+        base=fingerprint(local_path(start.base)),
     )
     selection.save(ctx.out / "selection.safetensors")
     ctx.facts.update(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from allo_ray.config.train import RewardConfig, SftConfig, TrainConfig
 from allo_ray.data.reward_rows import write_prompt_sequences, write_reward_sequences
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.data.train_rows import build_sequence_rows
-from allo_ray.neurons.delta import export
+from allo_ray.models import fingerprint
+from allo_ray.neurons import delta
+from allo_ray.neurons.export import export
 from allo_ray.stages.base import Context, Stage
 from allo_ray.stages.training import fit
 from allo_ray.store import local_path
@@ -45,9 +49,14 @@ def _train(ctx: Context, stage: Stage, config: TrainConfig) -> None:
         build_sequence_rows(rows, sequences=sequences, epochs=config.epochs, seed=ctx.settings["seed"])
     fit(ctx, stage, config, "sft", {}, rows)
     start = ctx.model("start")
-    export(local_path(start.base), [*map(local_path, start.deltas), ctx.out / DELTA], ctx.out / "model")
-    ctx.hand_on(ctx.published(stage, "model"), ctx.published(stage, DELTA), ())
+    folder = ctx.out / "model"
+    export(local_path(start.base), [*map(local_path, start.deltas), ctx.out / DELTA], folder)
+    replace(delta.load(ctx.out / DELTA), base=fingerprint(folder)).save(ctx.out / MASTERS)
+    (ctx.out / DELTA).unlink()
+    ctx.hand_on(ctx.published(stage, "model"), ctx.published(stage, MASTERS), ())
 
 
+#: The dense delta over the folder that is its own bf16 cast.
+MASTERS = "masters.safetensors"
 SFT = Stage("sft", 1, sft)
 REWARD = Stage("reward", 1, reward)
