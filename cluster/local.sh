@@ -21,9 +21,9 @@ bin=${ALLO_BIN:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin}
 # Jobs run `python`: it has to be the one that Ray runs in.
 export PATH=$bin:$PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$dir/token
-# A dead node is noticed after about 5 seconds instead of 30.
+# A killed node is noticed after about 5 seconds instead of 30; one that is only slow has 20.
 export RAY_health_check_initial_delay_ms=2000 RAY_health_check_period_ms=1000
-export RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
+export RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=4
 export RAY_USAGE_STATS_ENABLED=0
 
 fail() { printf '%s\n' "$*" >&2; exit 1; }

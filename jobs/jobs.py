@@ -48,8 +48,9 @@ def main(arguments: list[str]) -> int:
 def show(details: list, console: Console) -> None:
     """One row a submitted job, the latest first (`details`: ray's JobDetails, times in ms since 1970)."""
     table = Table(box=None, pad_edge=False)
-    for column in ("job", "state", "started", "minutes", "command"):
-        table.add_column(column, overflow="fold")
+    for column in ("job", "state", "started", "minutes"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("command", overflow="fold")
     for job in sorted(details, key=lambda job: -(job.start_time or 0)):
         if not job.submission_id:
             continue
