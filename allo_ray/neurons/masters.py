@@ -105,11 +105,14 @@ class Masters:
         self.stored = StoredModel(base)
         self.deltas = opened(deltas)
         for delta in self.deltas:
-            for name in delta.names:
-                if self.stored.shapes.get(name) != delta.shapes[name]:
+            if delta.shapes == self.stored.shapes:
+                continue
+            for name in sorted(delta.shapes.keys() | self.stored.shapes.keys()):
+                held, had = (shapes.get(name, "missing") for shapes in (delta.shapes, self.stored.shapes))
+                if held != had:
                     raise UserError(
-                        f"{delta.origin}: holds {name} of shape {delta.shapes[name]}, the base model {base} has "
-                        f"{self.stored.shapes.get(name, 'no such tensor')}. Apply it to the model it was trained from."
+                        f"{delta.origin}: made for another model than {base}: {name} is {held} there and {had} "
+                        "here. Apply it to the model it was trained from."
                     )
 
     @property

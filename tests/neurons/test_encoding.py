@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allo_ray.neurons.encoding import decode, encode
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(1, 3000))
 def test_round_trip(data: st.DataObject, size: int):
     indices = np.array(sorted(data.draw(st.sets(st.integers(0, size - 1), max_size=200))), dtype=np.int32)
