@@ -14,7 +14,8 @@ Shapes: T packed tokens, G trees, L tokens of the longest tree, R response token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,15 +63,14 @@ class Packed:
         """The same micro-batch on another device."""
         if device.type == "cpu":
             return self
-        grid = Grid(
-            **{f.name: getattr(self.grid, f.name).to(device, non_blocking=True) for f in fields(Grid)}
-        )
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for f in fields(Packed)
-            if f.name != "grid" and (value := getattr(self, f.name)) is not None
-        }
-        return Packed(grid=grid, **moved)
+        return replace(_moved(self, device), grid=_moved(self.grid, device))
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    tensors = {
+        f.name: value for f in fields(part) if isinstance(value := getattr(part, f.name), torch.Tensor)
+    }
+    return replace(part, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def pack(rows: Sequence[Row], side: Side) -> Packed:

@@ -190,4 +190,10 @@ class _Heartbeat:
                 told = json.loads(self.file.read_text())
             except (OSError, ValueError):  # not there yet, or just being replaced
                 continue
-            self.progress.update(told.pop("done"), self.steps, "step", **told)
+            self.progress.update(
+                told["done"],
+                self.steps,
+                "step",
+                loss=told["loss"],
+                tokens_per_second=told["tokens_per_second"],
+            )

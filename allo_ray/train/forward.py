@@ -133,8 +133,7 @@ def load_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers recomputes in training mode only; dropout, which that mode would bring, is taken out.
         for module in model.train().modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+            for setting in ("p", "attention_dropout"):
+                if isinstance(getattr(module, setting, None), float):
+                    setattr(module, setting, 0.0)
     return model

@@ -149,10 +149,11 @@ def pair_rows(pairs: pa.Table) -> list[Row]:
     """Rows without references or weights of a table with the columns `COLUMNS`."""
     none = np.zeros(0, dtype=np.float32)
     columns = [pairs.column(name).to_pylist() for name in COLUMNS]
-    return [
-        Row(at, name, *(np.asarray(ids, dtype=np.int32) for ids in sequences), none, none, none)
-        for at, (name, *sequences) in enumerate(zip(*columns, strict=True))
-    ]
+    rows = []
+    for at, (name, *sequences) in enumerate(zip(*columns, strict=True)):
+        prompt, chosen, rejected = (np.asarray(ids, dtype=np.int32) for ids in sequences)
+        rows.append(Row(at, name, prompt, chosen, rejected, none, none, none))
+    return rows
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
             libc = None
         if libc is not None and hasattr(libc, "mallopt"):
             # Older glibc refuses an mmap threshold above 32 MiB.
-            libc.mallopt(_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+            if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):
+                libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
             libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
             libc.mallopt(_TOP_PAD, 64 << 20)
     if threads is not None:

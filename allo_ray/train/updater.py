@@ -87,8 +87,8 @@ class PlainUpdater:
         norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
         if math.isfinite(norm):
             scale = divisor if self.clip is None else divisor * max(1.0, (norm + 1e-6) / self.clip)
-            if scale != 1.0:
-                torch._foreach_mul_(gradients, 1.0 / scale)
+            for gradient in gradients:
+                gradient.mul_(1.0 / scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

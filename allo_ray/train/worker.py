@@ -50,12 +50,13 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
     An error of the user's is reported as the result too, since Ray would try again what cannot succeed.
     """
     import ray.train
+    from ray.train.torch import get_device
 
     context = ray.train.get_context()
     gpu = job.trainer.num_gpus > 0
     prepare_process(job.trainer.threads, gpu)
     torch.manual_seed(job.seed)
-    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    device = get_device() if gpu else torch.device("cpu")
     plan = Plan(
         loss=job.loss,
         loss_args=job.loss_args,
@@ -74,6 +75,7 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         reporter.mark("model_loaded")
         updater = _make_updater(policy, neurons, job)
         progress = _resume(updater)
+        resumed_at = progress.step
         reporter.updater = updater
         reporter.mark("engine_built")
         batches = reporter.clocked(global_batches(rows, job.config.batch_size, progress.step))
@@ -84,6 +86,7 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
     state = updater.state()
     facts = {
         "steps": progress.step,
+        "resumed_at": resumed_at,
         "skipped_batches": progress.skipped,
         "neurons": neurons.count,
         "neurons_total": neurons.selection.total,
@@ -153,6 +156,7 @@ class _Reporter:
         last = progress.metrics[-1]
         told = {
             "done": progress.step,
+            "pid": os.getpid(),
             "loss": last["loss"],
             "tokens_per_second": last["tokens"] / last["seconds"],
         }

@@ -95,8 +95,8 @@ class ZeroUpdater:
         norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
         if math.isfinite(norm):
             scale = divisor if self.clip is None else divisor * max(1.0, (norm + 1e-6) / self.clip)
-            if scale != 1.0:
-                torch._foreach_mul_(gradients, 1.0 / scale)
+            for gradient in gradients:
+                gradient.mul_(1.0 / scale)
             self.engine.step()
             self.neurons.write()
         return norm
@@ -135,27 +135,39 @@ class ZeroUpdater:
 
     @torch.no_grad()
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         moved = bool(int(state["step"]))
         if moved:
             self._make_moments(float(state["step"]))
         for name, values in self.neurons.named_values():
-            whole = {key: state[f"{name}.{key}"] for key in ("values", *MOMENTS) if f"{name}.{key}" in state}
-            if self.stage == 0:
-                values.data.copy_(whole["values"])
-                if moved:
-                    for key in MOMENTS:
-                        self.optimizer.state[values][key].copy_(whole[key])
-                continue
-            if self.stage < 3:
-                values.data.copy_(whole["values"])
-            safe_set_full_fp32_param(values, whole["values"].to(values.device))
-            for key in MOMENTS if moved else ():
-                safe_set_full_optimizer_state(values, whole[key].to(values.device), key)
+            self._set(values, "values", state[f"{name}.values"])
+            for moment in MOMENTS if moved else ():
+                self._set(values, moment, state[f"{name}.{moment}"])
         if self.stage == 3:
             self._publish_masters()
         self._write()
+
+    def _set(self, values: Any, key: str, whole: torch.Tensor) -> None:
+        """Sets the master ("values") or a moment of one tensor, or this worker's part of it."""
+        from deepspeed import utils
+
+        whole = whole.to(values.device)
+        if self.stage == 0:
+            (values.data if key == "values" else self.optimizer.state[values][key]).copy_(whole)
+        elif self.stage < 3:
+            if key == "values":
+                values.data.copy_(whole)
+                utils.safe_set_full_fp32_param(values, whole)
+            else:
+                utils.safe_set_full_optimizer_state(values, whole, key)
+        else:
+            # DeepSpeed's setter of full tensors fails where the last worker's part is padded.
+            size = values.ds_tensor.numel()
+            padded = torch.nn.functional.pad(whole, (0, size * self.workers - len(whole)))
+            part = padded[self.worker * size : (self.worker + 1) * size]
+            if key == "values":
+                utils.safe_set_local_fp32_param(values, part)
+            else:
+                utils.safe_set_local_optimizer_state(values, part, key)
 
     def _publish_masters(self) -> None:
         """ZeRO 3 keeps the masters beside the parameters' own shards: brings the latter up to date."""

@@ -49,12 +49,12 @@ def tenth(model: torch.nn.Module, seed: int = 1) -> Selection:
     return replace(dense, indices=indices, dense=False, k=0.1, order="random")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rows() -> Callable[..., list[Row]]:
     return random_rows
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def with_reference() -> Callable[[Path, list[Row]], list[Row]]:
     """Adds the model's own log-probs as the reference, as the stage before training does."""
 
@@ -69,7 +69,7 @@ def with_reference() -> Callable[[Path, list[Row]], list[Row]]:
     return add
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_updater() -> Callable[..., PlainUpdater]:
     """Plain torch over a tenth of the neurons (or all), in float32."""
 

@@ -60,6 +60,12 @@ def assert_close(one: tuple[torch.Tensor, dict], other: tuple[torch.Tensor, dict
         torch.testing.assert_close(one[1][name], other[1][name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def tree(*ids: list[int]) -> Row:
+    none = np.zeros(0, dtype=np.float32)
+    prompt, chosen, rejected = (np.array(part, dtype=np.int32) for part in ids)
+    return Row(0, "a", prompt, chosen, rejected, none, none, none)
+
+
 def tokens_of(rows: list[Row]) -> int:
     return sum(len(row.chosen) + len(row.rejected) for row in rows)
 
@@ -91,9 +97,7 @@ def test_tree_of_a_pair_by_hand() -> None:
     The trunk is 5 6 7; chosen goes on with 8 (its last token 9 is never read), rejected with 4 3. Token 7 of both is
     predicted by state 1 and computed once; 8 and 4 by state 2, 9 by state 3, then 3 by 4 and 2 by 5.
     """
-    none = np.zeros(0, dtype=np.float32)
-    ids = [np.array(part, dtype=np.int32) for part in ([5, 6], [7, 8, 9], [7, 4, 3, 2])]
-    packed = pack([Row(0, "a", *ids, none, none, none)], "pair")
+    packed = pack([tree([5, 6], [7, 8, 9], [7, 4, 3, 2])], "pair")
     assert packed.tokens.tolist() == [5, 6, 7, 8, 4, 3]
     assert packed.positions.tolist() == [0, 1, 2, 3, 3, 4]
     assert packed.states[packed.source].tolist() == [1, 2, 3, 1, 2, 4, 5]
@@ -130,9 +134,7 @@ def test_tokens_of_weight_zero_get_no_head(tiny_llama: Path, make_rows: Callable
 
 def test_sliding_window_counts_positions_not_places() -> None:
     """The first token of the second branch lies 4 places after the prompt's end, yet only one position."""
-    none = np.zeros(0, dtype=np.float32)
-    ids = [np.array(part, dtype=np.int32) for part in ([5, 6], [7, 8, 9, 9], [4, 3, 2])]
-    grid = pack([Row(0, "a", *ids, none, none, none)], "pair").grid
+    grid = pack([tree([5, 6], [7, 8, 9, 9], [4, 3, 2])], "pair").grid
     query, key = (torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     value = torch.eye(7)[None, None, :, :].expand(1, 2, 7, 7)
     seen = (
@@ -146,8 +148,6 @@ def test_models_whose_attention_cannot_be_built_are_refused() -> None:
     heads = torch.zeros(1, 1, 2, 4)
     with pytest.raises(UserError, match="does not pass keyword arguments"):
         tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None)
-    grid = pack(
-        [Row(0, "a", *[np.arange(1, 3, dtype=np.int32)] * 3, *[np.zeros(0, np.float32)] * 3)], "pair"
-    ).grid
+    grid = pack([tree([1, 2], [1, 2], [1, 2])], "pair").grid
     with pytest.raises(UserError, match="softcap"):
         tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None, grid=grid, softcap=30.0)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def cut(rows: list[Row], size: int = 8) -> list[list[Row]]:
 
 
 def plan_of(
-    loss: str = "dpo", budget: int = WHOLE, config: TrainConfig = CONFIG, steps: int = 3, **args
+    loss: str = "dpo", budget: int = WHOLE, config: TrainConfig = CONFIG, steps: int = 3, **args: Any
 ) -> Plan:
     return Plan(loss, args, config, steps, budget)
 

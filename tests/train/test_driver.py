@@ -1,0 +1,203 @@
+"""Training through Ray Train and DeepSpeed: the same results as the plain loop, on one worker and on two, also when
+a worker dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allo_ray import tables
+from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.errors import UserError
+from allo_ray.neurons import delta
+from allo_ray.train.checkpoint import Progress
+from allo_ray.train.driver import train
+from allo_ray.train.job import HEARTBEAT, RUN, TrainJob
+from allo_ray.train.logprobs import compute_logprobs
+from allo_ray.train.loop import Plan, run
+from allo_ray.train.rows import Row
+
+CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
+TRAINER = TrainerConfig(
+    workers=1, num_cpus=0.5, threads=1, zero_stage=1, micro_batch_tokens=80, checkpoint_every=2
+)
+ROWS = 22
+
+
+def write_rows(rows: list[Row], path: Path) -> str:
+    tables.TRAIN_ROWS.write(
+        [
+            {
+                "position": at,
+                "id": row.id,
+                "prompt_ids": row.prompt,
+                "chosen_ids": row.chosen,
+                "rejected_ids": row.rejected,
+                "chosen_reference": row.chosen_reference,
+                "rejected_reference": row.rejected_reference,
+                "rejected_weight": row.rejected_weight,
+            }
+            for at, row in enumerate(rows)
+        ],
+        path,
+    )
+    return str(path)
+
+
+@pytest.fixture
+def rows(tiny_llama: Path, make_rows, with_reference) -> list[Row]:
+    return with_reference(tiny_llama, make_rows(ROWS))
+
+
+@pytest.fixture
+def job(tiny_llama: Path, rows: list[Row], make_updater, tmp_path: Path) -> TrainJob:
+    """Masked DPO on a tenth of the neurons over three global batches, the last one short."""
+    updater = make_updater(tiny_llama, CONFIG)
+    updater.neurons.selection.save(tmp_path / "selection.safetensors")
+    return TrainJob(
+        base=str(tiny_llama),
+        layers=(),
+        selection=str(tmp_path / "selection.safetensors"),
+        rows=write_rows(rows, tmp_path / "rows.parquet"),
+        loss="masked_dpo",
+        loss_args={"v": 0.3},
+        config=CONFIG,
+        trainer=TRAINER,
+        out=str(tmp_path / "out"),
+    )
+
+
+def plain(job: TrainJob, folder: Path, rows: list[Row], make_updater) -> dict[str, torch.Tensor]:
+    """The same job by the plain loop: values by tensor."""
+    updater = make_updater(folder, job.config)
+    batches = [rows[at : at + job.config.batch_size] for at in range(0, len(rows), job.config.batch_size)]
+    plan = Plan(job.loss, job.loss_args, job.config, len(batches), job.trainer.micro_batch_tokens)
+    run(updater, plan, batches, Progress())
+    return {name: values.detach() for name, values in updater.neurons.named_values()}
+
+
+def furthest(path: Path, values: dict[str, torch.Tensor]) -> float:
+    found = delta.load(path)
+    assert set(found.counts) == set(values)
+    return max(float((found.values(name) - values[name]).abs().max()) for name in values)
+
+
+class Killer(threading.Thread):
+    """Sends SIGKILL to the first worker as soon as the run has a checkpoint."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(daemon=True)
+        self.out = out
+        self.killed_at: int | None = None
+
+    def run(self) -> None:
+        while self.killed_at is None:
+            time.sleep(0.01)
+            try:
+                told = json.loads((self.out / HEARTBEAT).read_text())
+            except (OSError, ValueError):  # not there yet, or just being replaced
+                continue
+            if any((self.out / RUN).glob("step-????????")):
+                os.kill(told["pid"], signal.SIGKILL)
+                self.killed_at = told["done"]
+
+
+def short_steps(job: TrainJob, **trainer: Any) -> TrainJob:
+    """Eleven steps of two rows, a checkpoint after each."""
+    return replace(
+        job,
+        config=CONFIG.model_copy(update={"batch_size": 2}),
+        trainer=TRAINER.model_copy(update={"checkpoint_every": 1, **trainer}),
+    )
+
+
+def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
+    ray_cluster, job: TrainJob, tiny_llama: Path, make_updater, rows: list[Row]
+) -> None:
+    """Ray Train starts a new worker, which goes on from the last checkpoint; equal to the plain loop bit for bit."""
+    job = short_steps(job)
+    killer = Killer(Path(job.out))
+    killer.start()
+    result = train(job)
+    assert killer.killed_at is not None, "the run ended before it could be killed"
+    assert furthest(result.delta, plain(job, tiny_llama, rows, make_updater)) == 0
+    metrics = tables.METRICS.read(result.metrics)
+    assert metrics["step"].to_pylist() == list(range(11))
+    assert metrics["loss"][0].as_py() == pytest.approx(0.693147, abs=1e-5)
+    facts = json.loads((Path(job.out) / "train.json").read_text())
+    assert facts["rows"] == ROWS
+    assert facts["neurons"] == delta.load(result.delta).count
+    assert 0 < facts["startup_seconds"] < facts["seconds"]
+    assert sorted(os.listdir(job.out)) == ["delta.safetensors", "metrics.parquet", "train.json"]
+
+
+def test_a_broken_run_goes_on_when_it_is_run_again_with_other_workers(
+    ray_cluster, job: TrainJob, tiny_llama: Path, make_updater, rows: list[Row]
+) -> None:
+    """One worker under ZeRO 1 dies and may not be replaced; two under ZeRO 3 finish, within 1e-5 of the plain loop."""
+    from ray.train import TrainingFailedError
+
+    job = short_steps(job, max_failures=0)
+    Killer(Path(job.out)).start()
+    with pytest.raises(TrainingFailedError):
+        train(job)
+    result = train(replace(job, trainer=job.trainer.model_copy(update={"workers": 2, "zero_stage": 3})))
+    assert furthest(result.delta, plain(job, tiny_llama, rows, make_updater)) < 1e-5
+    assert tables.METRICS.read(result.metrics)["step"].to_pylist() == list(range(11))
+    assert result.facts["resumed_at"] >= 1
+
+
+def test_what_the_user_can_mend_is_told_before_workers_start(job: TrainJob, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no training rows there"):
+        train(replace(job, rows=str(tmp_path / "nowhere.parquet")))
+    with pytest.raises(UserError, match="loss 'dop' is not known"):
+        train(replace(job, loss="dop"))
+    with pytest.raises(UserError, match="has no argument w"):
+        train(replace(job, loss_args={"w": 1}))
+    empty = tmp_path / "empty.parquet"
+    tables.TRAIN_ROWS.write([], empty)
+    with pytest.raises(UserError, match="is empty"):
+        train(replace(job, rows=str(empty)))
+
+
+def test_an_error_in_a_worker_is_told_once(ray_cluster, job: TrainJob, tiny_qwen: Path) -> None:
+    """A selection of another model: Ray does not try again what cannot succeed."""
+    with pytest.raises(UserError, match="the selection holds tensor"):
+        train(replace(job, base=str(tiny_qwen)))
+
+
+def test_reference_logprobs_of_pairs(
+    ray_cluster, tiny_llama: Path, make_rows, with_reference, tmp_path: Path
+) -> None:
+    """Equal to the plain forward, over several shards; a second call computes nothing."""
+    rows = with_reference(tiny_llama, make_rows(30))
+    told = {"prompt_id": "", "prompt": "", "text": "", "reference": None, "chosen": "", "rejected": ""}
+    told |= {"chosen_source": "sample", "rejected_source": "sample"}
+    tables.PAIRS.write(
+        [
+            told
+            | {"id": row.id, "prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
+            for row in rows
+        ],
+        tmp_path / "pairs.parquet",
+    )
+    out = tmp_path / "logprobs"
+    trainer = TRAINER.model_copy(update={"workers": 2})
+    for attempt in range(2):
+        result = compute_logprobs(str(tiny_llama), (), tmp_path / "pairs.parquet", out, "float32", trainer)
+        assert result.facts["pairs"] == 30
+        assert (result.facts["tokens"] > 0) == (attempt == 0)
+    found = {row["id"]: row for row in tables.LOGPROBS.read(out).to_pylist()}
+    assert len(found) == 30
+    for row in rows:
+        assert found[row.id]["chosen"] == pytest.approx(row.chosen_reference.tolist(), abs=1e-5)
+        assert found[row.id]["rejected"] == pytest.approx(row.rejected_reference.tolist(), abs=1e-5)

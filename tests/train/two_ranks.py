@@ -1,0 +1,69 @@
+"""One rank of two: a few steps of masked DPO under each ZeRO stage, and once more from a checkpoint.
+
+python -m tests.train.two_ranks RANK PORT MODEL ROWS SELECTION OUT: rank 0 writes OUT/zero<stage>.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from allo_ray import tables
+from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.neurons.parametrize import attach
+from allo_ray.neurons.selection import Selection
+from allo_ray.train import checkpoint
+from allo_ray.train.checkpoint import Progress
+from allo_ray.train.forward import Policy, load_model
+from allo_ray.train.loop import Plan, run
+from allo_ray.train.rows import rows_of
+from allo_ray.train.zero import ZeroUpdater
+
+CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
+
+
+def main(rank: int, port: str, model: str, rows_file: str, selection: str, folder: str) -> None:
+    out = Path(folder)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rows = rows_of(tables.TRAIN_ROWS.read(rows_file))
+    batches = [rows[at : at + 8] for at in range(0, len(rows), 8)]
+    plan = Plan("masked_dpo", {"v": 0.3}, CONFIG, len(batches), 80, worker=rank, workers=2)
+
+    def build(stage: int) -> ZeroUpdater:
+        loaded = load_model(model, torch.float32)
+        neurons = attach(loaded, Selection.load(selection))
+        return ZeroUpdater(Policy(loaded), neurons, CONFIG, TrainerConfig.model_validate({"zero_stage": stage}))
+
+    def add_up(sums: torch.Tensor) -> None:
+        torch.distributed.all_reduce(sums)
+
+    for stage in range(4):
+        updater = build(stage)
+        if stage == 3:
+            sharded = [tensor.weight.ds_tensor.numel() for tensor in updater.neurons.attached]  # type: ignore[attr-defined]
+            whole = [updater.neurons.selection.size_of(tensor.name) for tensor in updater.neurons.attached]
+            assert all(part <= -(-size // 2) for part, size in zip(sharded, whole, strict=True))
+        reached = run(updater, plan, batches[:2], Progress(), add_up)
+        state = updater.state()
+        folder = out / f"step{stage}"
+        if state is not None:
+            checkpoint.save(folder, state, reached)
+        torch.distributed.barrier()
+        found, progress = checkpoint.load(folder)
+        resumed = build(stage)
+        resumed.load(found)
+        for name, one in (("zero", updater), ("resumed", resumed)):
+            run(one, plan, batches[2:], Progress(progress.step, 0, []), add_up)
+            state = one.state()
+            if state is not None:
+                checkpoint.save(out / f"{name}{stage}", state, progress)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
