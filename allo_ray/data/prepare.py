@@ -1,7 +1,7 @@
 """From the user's rows to the tables PROMPTS and PAIRS: rendered, tokenised, with ids; rule-breakers listed in DROPS.
 
-Ray Data reads and tokenises the pieces of the source in parallel and hands them over in order; a source of one piece
-is read in place. The driver holds the rows under way and 12 bytes for every row.
+Ray Data reads and tokenises the pieces of the source in parallel and hands them over in order; a source of few pieces
+is read in place, one piece at a time. The driver holds the rows under way and 12 bytes for every row.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from allo_ray.errors import UserError
 from allo_ray.records import Piece
 
 EXCERPT_CHARACTERS = 80
+#: A source of no more pieces than this (some 30,000 rows) is done before Ray workers have loaded their tokenizers.
+PIECES_IN_PLACE = 16
 #: What travels beside a row: where it came from and, if a rule removed it, which one.
 _BESIDE = tables.DROPS.schema
 
@@ -124,7 +126,7 @@ class _Work:
         if len(prompt_ids) > config.max_prompt_tokens:
             return "prompt", f"{len(prompt_ids)} tokens; data.max_prompt_tokens is {config.max_prompt_tokens}"
         prompt_id = tables.content_id("prompt", text)
-        if self.table is not tables.PAIRS:
+        if self.table.name == tables.PROMPTS.name:
             answer = one.answer
             if answer is None and one.reference is not None and verifier is not None:
                 answer = verifier.gold(one.reference)
@@ -210,8 +212,9 @@ def _blocks(work: _Work) -> Iterator[pa.Table]:
         yield work.build(examples(config, work.needs_reference))
         return
     pieces = source_pieces(config)
-    if len(pieces) < 2:
-        yield work.build(examples(config, work.needs_reference))
+    if len(pieces) <= PIECES_IN_PLACE:
+        for piece in pieces:
+            yield work.build(piece_examples(piece, config, work.needs_reference))
         return
     rows = ray.data.from_items([asdict(piece) for piece in pieces], override_num_blocks=len(pieces))
     rows = rows.map_batches(work, batch_size=1, batch_format="pyarrow")

@@ -95,7 +95,7 @@ def write_reward_sequences(
     Returns:
         rows, repeated, over_long (longer than `max_tokens`), over_limit.
     """
-    facts = {"repeated": 0, "over_long": 0, "over_limit": 0}
+    facts = {"rows": 0, "repeated": 0, "over_long": 0, "over_limit": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
@@ -103,15 +103,18 @@ def write_reward_sequences(
             key = tables.content_id(row["context"], row["rewrite"])
             if key in seen:
                 facts["repeated"] += 1
-            elif len(row["context_ids"]) + len(row["rewrite_ids"]) > max_tokens:
+                continue
+            seen.add(key)
+            if len(row["context_ids"]) + len(row["rewrite_ids"]) > max_tokens:
                 facts["over_long"] += 1
-            elif limit is not None and len(seen) >= limit:
+            elif limit is not None and facts["rows"] >= limit:
                 facts["over_limit"] += 1
             else:
-                seen.add(key)
+                facts["rows"] += 1
                 yield {"id": key, "prompt_ids": row["context_ids"], "response_ids": row["rewrite_ids"]}
 
-    return {"rows": write_stream(tables.SEQUENCES, rows(), Path(out)), **facts}
+    write_stream(tables.SEQUENCES, rows(), Path(out))
+    return facts
 
 
 def write_prompt_sequences(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,14 +11,14 @@ from allo_ray.records import Record, records
 
 
 def rows_of(path: str, split: str, suite: str) -> Iterator[Record]:
-    """The rows of an official file; of a folder whose files are named by split, those of `split` alone.
+    """The rows of an official file; of a folder whose files or folders are named by split, those of `split` alone.
 
     Raises:
         UserError: nothing is there, or there are no rows.
     """
     count = 0
     for record in records(path, split=split):
-        if _other_split(record.file, split):
+        if _other_split(record.file.removeprefix(path), split):
             continue
         count += 1
         yield record
@@ -43,18 +44,11 @@ def take(record: Record, suite: str, *names: str) -> Any:
     )
 
 
-_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
+_SPLITS = ({"train", "training"}, {"validation", "valid", "val", "dev"}, {"test", "testing"})
 
 
-def _other_split(file: str, split: str) -> bool:
-    """True for `.../train.jsonl` when `test` is asked for: the file's name says another split than this one."""
-    name = file.rsplit("/", 1)[-1].lower()
-    mine = next((words for words in _SPLITS.values() if split in words), (split,))
-    others = [
-        word
-        for words in _SPLITS.values()
-        if words != mine
-        for word in words
-        if len(word) > 3 or word == "dev"
-    ]
-    return any(word in name for word in others) and not any(word in name for word in mine)
+def _other_split(place: str, split: str) -> bool:
+    """True for `.../train.jsonl` where `test` is asked for: the words of the place name another split alone."""
+    words = set(re.split(r"[^a-z]+", place.lower()))
+    mine = next((names for names in _SPLITS if split in names), {split})
+    return not words & mine and any(words & names for names in _SPLITS if names is not mine)

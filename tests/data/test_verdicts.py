@@ -1,0 +1,37 @@
+"""Samples are judged after they were drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from allo_ray import tables
+from allo_ray.config.data import VerifyConfig
+from allo_ray.data.verdicts import write_verdicts
+
+
+def test_verdicts_keep_order_and_count(tmp_path: Path) -> None:
+    empty = dict.fromkeys(tables.PROMPTS.schema.names)
+    prompts = [empty | {"id": "a", "prompt": "1 + 1", "answer": "2"}, empty | {"id": "b", "prompt": "?"}]
+    tables.PROMPTS.write(prompts, tmp_path / "prompts.parquet")
+    told = [("a", "The answer is 2.0"), ("a", "The answer is 3"), ("a", "two"), ("b", "The answer is 5")]
+    samples = [
+        {"id": f"{i}", "prompt_id": name, "index": i, "seed": 0, "text": text, "response_ids": [1]}
+        | {"finish_reason": "stop", "answer": None, "verdict": None}
+        for i, (name, text) in enumerate(told)
+    ]
+    tables.SAMPLES.write(samples[:2], tmp_path / "samples" / "0.parquet")
+    tables.SAMPLES.write(samples[2:], tmp_path / "samples" / "1.parquet")
+    facts = write_verdicts(
+        tmp_path / "judged.parquet",
+        prompts=tmp_path / "prompts.parquet",
+        samples=tmp_path / "samples",
+        verify=VerifyConfig(kind="numeric"),
+    )
+    assert facts == {"samples": 4, "right": 1, "wrong": 2, "unverified": 1, "no_answer": 1}
+    rows = tables.SAMPLES.read(tmp_path / "judged.parquet").to_pylist()
+    assert [(row["answer"], row["verdict"]) for row in rows] == [
+        ("2.0", True),
+        ("3", False),
+        (None, False),
+        ("5", None),
+    ]
