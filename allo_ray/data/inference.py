@@ -205,8 +205,8 @@ def _ids(job: Job) -> Iterator[list[str]]:
     if isinstance(job.rows, ray.data.Dataset):
         ids = job.rows.select_columns(["id"])
         ids.context.enable_progress_bars = False
-        for batch in ids.iter_batches(batch_format="pyarrow", batch_size=None):
-            yield batch.column("id").to_pylist()
+        for batch in ids.iter_batches(batch_format="numpy", batch_size=None):
+            yield list(batch["id"])
     else:
         table = isinstance(job.rows, pa.Table)
         source = pads.dataset(job.rows if table else str(job.rows), format=None if table else "parquet")
@@ -284,6 +284,7 @@ def _summary(told: Sequence[dict[str, Any]], started: float) -> dict[str, Any]:
         "startup_seconds": max(0.0, ready - started),
         "engine_seconds": max(one["engine_seconds"] for one in told),
         "actors": len({one["actor"] for one in told}),
+        "peak_private_bytes": max(one["private_bytes"] for one in told),
         "tokens_in_per_second": facts["tokens_in"] / max(seconds, 1e-3),
         "tokens_out_per_second": facts["tokens_out"] / max(seconds, 1e-3),
         "cached": _gauges(told[-1])["cached"],

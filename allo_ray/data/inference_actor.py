@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,9 +23,16 @@ from allo_ray.data.inference_work import Answers, Row, Work
 from allo_ray.data.shards import Rejected, Shards, name_of
 from allo_ray.engines.base import Engine, EngineDied
 from allo_ray.engines.build import build_engine
+from allo_ray.errors import UserError
 
 #: Column of the input that tells which job a row belongs to.
 JOB = "_job"
+
+
+def private_bytes() -> int:
+    """Resident memory of this process without what it shares with others (the object store, libraries)."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class InferenceActor:
         self._ready = time.time()
         self._turn = threading.Condition()
         self._users = 0
+        self._alone = False
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -69,73 +78,91 @@ class InferenceActor:
                 rejected.append(Rejected(row["id"], "invalid", problem))
         if rejected:
             shards.reject(name, rejected)
-        tokens_in = tokens_out = 0
+        tokens = [0, 0]
         if good and not shards.has(name):
-            with self._using(assignment.model):
-                deaths = shards.begin(name)
-                answers = None if deaths else self._attempt(assignment, name, good)
-                if answers is not None:
-                    tokens_in, tokens_out = answers.tokens_in, answers.tokens_out
-                else:
-                    tokens_in, tokens_out, killed = self._one_by_one(assignment, good)
-                    rejected.extend(killed)
-                shards.end(name)
+            answers: Answers | str = ""
+            if not shards.deaths(name):
+                with self._using(assignment.model):
+                    answers = self._attempt(assignment, name, good)
+            if isinstance(answers, Answers):
+                tokens = [answers.tokens_in, answers.tokens_out]
+            else:
+                with self._using(assignment.model, alone=True):
+                    rejected.extend(self._one_by_one(assignment, good, tokens))
+            shards.end(name)
         return {
             JOB: number,
             "rows": len(rows),
             "rejected": len(rejected),
             "killed": sum(row.kind == "killed" for row in rejected),
-            "tokens_in": tokens_in,
-            "tokens_out": tokens_out,
+            "tokens_in": tokens[0],
+            "tokens_out": tokens[1],
             "started": started,
             "ended": time.time(),
             "ready": self._ready,
             "engine_seconds": self._engine.startup_seconds,
             "actor": os.getpid(),
+            "private_bytes": private_bytes(),
             **self._engine.gauges(),
         }
 
-    def _one_by_one(self, assignment: Assignment, rows: Sequence[Row]) -> tuple[int, int, list[Rejected]]:
-        tokens_in = tokens_out = 0
-        killed = []
+    def _one_by_one(self, assignment: Assignment, rows: Sequence[Row], tokens: list[int]) -> list[Rejected]:
+        """Answers rows that were in a batch that failed. Adds to `tokens`; returns the rows that fail alone too."""
+        shards, given_up = assignment.shards, []
         for row in rows:
-            shards, name = assignment.shards, name_of(["alone", row["id"]])
+            name = name_of(["alone", row["id"]])
             if shards.has(name):
                 continue
-            deaths = shards.begin(name)
-            answers = None if deaths else self._attempt(assignment, name, [row], alone=True)
-            if answers is not None:
-                tokens_in, tokens_out = tokens_in + answers.tokens_in, tokens_out + answers.tokens_out
+            deaths = shards.deaths(name)
+            answers = "" if deaths else self._attempt(assignment, name, [row])
+            if isinstance(answers, Answers):
+                tokens[0] += answers.tokens_in
+                tokens[1] += answers.tokens_out
+                shards.end(name)
             else:
-                killed.append(Rejected(row["id"], "killed", f"the engine died on it twice: {deaths[-1]}"))
-                shards.reject(name, killed[-1:])
-            shards.end(name)
-        return tokens_in, tokens_out, killed
+                kind, reason = (
+                    ("killed", f"its engine died twice: {deaths[-1]}") if deaths else ("invalid", answers)
+                )
+                given_up.append(Rejected(row["id"], kind, reason))
+                # Its attempts stay noted: should another row end this pass too, the next one knows of this row.
+                shards.reject(name, given_up[-1:])
+        return given_up
 
-    def _attempt(
-        self, assignment: Assignment, name: str, rows: Sequence[Row], alone: bool = False
-    ) -> Answers | None:
+    def _attempt(self, assignment: Assignment, name: str, rows: Sequence[Row]) -> Answers | str:
+        """Answers and publishes rows; returns why not where the engine refuses one. Where it dies, so do we."""
+        assignment.shards.begin(name)
         try:
             answers = assignment.work.answer(self._engine, rows)
+        except UserError:
+            raise
+        except ValueError as error:
+            return str(error)
         except (EngineDied, RuntimeError, MemoryError) as error:
-            # What the engine holds is lost and its memory may be too: a fresh process takes over, and finds this note.
+            # What the engine holds is lost, perhaps its memory too: a fresh process takes over, and finds this note.
             assignment.shards.blame(name, repr(error))
             os._exit(1)
         assignment.shards.publish(name, answers.rows)
         return answers
 
     @contextmanager
-    def _using(self, model: str) -> Iterator[None]:
-        """Holds the engine at a model's weights; waits until the batches that use other weights are done."""
+    def _using(self, model: str, alone: bool = False) -> Iterator[None]:
+        """Holds the engine at a model's weights; waits until the batches that use other weights are done.
+
+        `alone` waits until all others are done and keeps them out, so that a death has only one suspect.
+        """
         with self._turn:
-            self._turn.wait_for(lambda: self._model == model or not self._users)
+            self._turn.wait_for(
+                lambda: not self._users or (self._model == model and not alone and not self._alone)
+            )
             if self._model != model:
                 self._engine.load_weights(model)
                 self._model = model
             self._users += 1
+            self._alone = alone
         try:
             yield
         finally:
             with self._turn:
                 self._users -= 1
+                self._alone = False
                 self._turn.notify_all()

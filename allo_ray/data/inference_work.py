@@ -6,7 +6,7 @@ A work says which input columns it reads, which rows it refuses, what it asks, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,15 +30,27 @@ class Answers:
 
 
 class Work(Protocol):
-    """What is asked for every input row."""
+    """What is asked for every input row. Frozen and picklable."""
 
-    #: Table of the answers, and its column that holds the id of the input row.
-    table: tables.Table
-    key: str
-    #: Columns of the input, `id` among them.
-    columns: tuple[str, ...]
-    #: Requests to the engine for each input row.
-    requests: int
+    @property
+    def table(self) -> tables.Table:
+        """Table of the answers."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Its column that holds the id of the input row."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the input, `id` among them."""
+        ...
+
+    @property
+    def requests(self) -> int:
+        """Requests to the engine for each input row."""
+        ...
 
     def told(self) -> dict[str, Any]:
         """Everything that decides the answers, as JSON."""
@@ -59,9 +71,10 @@ class SampleWork:
     n: int
     seed: int
     verify: VerifyConfig | None = None
-    table: tables.Table = field(default=tables.SAMPLES, init=False, repr=False)
-    key: str = field(default="prompt_id", init=False)
-    columns: tuple[str, ...] = field(default=("id", "prompt", "prompt_ids", "answer"), init=False)
+
+    table = tables.SAMPLES
+    key = "prompt_id"
+    columns = ("id", "prompt", "prompt_ids", "answer")
 
     @property
     def requests(self) -> int:
@@ -129,9 +142,10 @@ class ScoreWork:
     """
 
     logprobs: bool = False
-    columns: tuple[str, ...] = field(default=("id", "context_ids", "response_ids"), init=False)
-    key: str = field(default="id", init=False)
-    requests: int = field(default=1, init=False)
+
+    key = "id"
+    columns = ("id", "context_ids", "response_ids")
+    requests = 1
 
     @property
     def table(self) -> tables.Table:

@@ -145,15 +145,18 @@ class Shards:
         """Writes `summary.json`."""
         self._write("summary.json", json.dumps(dict(facts), indent=1, sort_keys=True).encode())
 
-    def begin(self, name: str) -> list[str]:
-        """Notes that work on `name` starts. Returns how its earlier attempts ended (one reason each)."""
+    def deaths(self, name: str) -> list[str]:
+        """Why the attempts on `name` that were begun and not ended came to nothing."""
         files, root = self._open()
         told = []
         for path in sorted(files.glob(f"{root}/attempts/{name}.*")):
             with files.open(path, "rt") as file:
                 told.append(json.load(file)["reason"])
-        self.blame(name, "its process died (killed, out of memory, or crashed)")
         return told
+
+    def begin(self, name: str) -> None:
+        """Notes that work on `name` starts."""
+        self.blame(name, "its process died (killed, out of memory, or crashed)")
 
     def blame(self, name: str, reason: str) -> None:
         """Notes why the attempt on `name` that is under way is about to end."""

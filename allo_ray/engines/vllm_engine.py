@@ -163,16 +163,21 @@ class VllmEngine:
         self._ready.set_result(None)
         try:
             while self._take():
-                for output in self._engine.step():
-                    if output.finished:
-                        self._prompt_tokens += len(output.prompt_token_ids or ())
-                        self._cached_tokens += output.num_cached_tokens or 0
-                        self._pending.pop(output.request_id).set_result(output)
+                self._step()
         except BaseException as error:
             self._died = error
         else:
             self._died = EngineDied("closed")
         self._fail_rest()
+
+    def _step(self) -> None:
+        """Computes one token of every running request and hands out the responses that are done."""
+        for output in self._engine.step():
+            if output.finished:
+                told: Any = output
+                self._prompt_tokens += len(told.prompt_token_ids or ())
+                self._cached_tokens += told.num_cached_tokens or 0
+                self._pending.pop(told.request_id).set_result(told)
 
     def _take(self) -> bool:
         """Takes what waits in the inbox; blocks while there is nothing to step. False once closed."""
@@ -253,9 +258,7 @@ class VllmEngine:
 
     def _load_weights(self, folder: str) -> None:
         while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    self._pending.pop(output.request_id).set_result(output)
+            self._step()
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         assert self._engine.reset_prefix_cache(), "blocks of the old weights are still held"
 

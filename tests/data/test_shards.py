@@ -1,0 +1,86 @@
+"""The folder of a batch job: atomic shards, what is done, whose it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allo_ray import tables
+from allo_ray.data.shards import Rejected, Shards, Superseded, hash_ids, name_of
+from allo_ray.errors import UserError
+
+
+def folder(path: Path | str) -> Shards:
+    return Shards(str(path), tables.TOKEN_SCORES, "id")
+
+
+def rows(*ids: str) -> list[dict]:
+    return [{"id": one, "p_re": [0.5, 0.25]} for one in ids]
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_results_come_back_in_order_and_once(where: str, tmp_path: Path) -> None:
+    """Two batches, one of them published twice over in other cuts, on a local folder and on an object store."""
+    shards = folder(tmp_path if where == "local" else f"memory://{tmp_path.name}")
+    shards.claim({"a": 1})
+    shards.publish(name_of(["c", "d"]), rows("d", "c"))
+    shards.publish(name_of(["a", "b"]), rows("a", "b"))
+    shards.publish(name_of(["b"]), rows("b"))
+    shards.reject("x", [Rejected("e", "invalid", "no tokens")])
+    assert shards.read().column("id").to_pylist() == ["a", "b", "c", "d"]
+    assert shards.done().tolist() == np.sort(hash_ids(["a", "b", "c", "d", "e"])).tolist()
+    assert shards.has(name_of(["b"]))
+    assert not shards.has(name_of(["a"]))
+    assert shards.rejected() == [Rejected("e", "invalid", "no tokens")]
+
+
+def test_other_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    folder(tmp_path).claim({"work": {"n": 2, "stop": ["\n"]}, "model": "m"})
+    folder(tmp_path).claim({"work": {"n": 2, "stop": ["\n"]}, "model": "m"})
+    with pytest.raises(
+        UserError, match=r'work\.n: 2 there, 3 asked for; work\.stop: \["\\n"\] there, \[\] asked for'
+    ):
+        folder(tmp_path).claim({"work": {"n": 3, "stop": []}, "model": "m"})
+
+
+def test_an_older_run_cannot_publish(tmp_path: Path) -> None:
+    """An actor of a killed run may still live when the next run starts: it must not add rows behind its back."""
+    old, new = folder(tmp_path), folder(tmp_path)
+    old.claim({})
+    new.claim({})
+    with pytest.raises(Superseded):
+        old.publish("late", rows("a"))
+    new.publish("mine", rows("a"))
+    assert new.read().num_rows == 1
+
+
+def test_nothing_half_written_is_read(tmp_path: Path) -> None:
+    """A process killed while it writes leaves a .part file, which is no shard."""
+    shards = folder(tmp_path)
+    shards.claim({})
+    (tmp_path / "abc.parquet.123.part").write_bytes(b"PAR1 half")
+    assert shards.read().num_rows == 0
+    assert len(shards.done()) == 0
+    assert tables.TOKEN_SCORES.files(tmp_path) == []
+
+
+def test_attempts_are_counted_until_they_end(tmp_path: Path) -> None:
+    shards = folder(tmp_path)
+    shards.claim({})
+    assert shards.deaths("batch") == []
+    shards.begin("batch")
+    assert "died" in shards.deaths("batch")[0]
+    shards.blame("batch", "MemoryError()")
+    assert shards.deaths("batch") == ["MemoryError()"]
+    shards.end("batch")
+    assert shards.deaths("batch") == []
+    shards.begin("batch")
+    folder(tmp_path).claim({})
+    assert shards.deaths("batch") == [], "a killed run says nothing of its rows"
+
+
+def test_names_tell_where_ids_end() -> None:
+    assert name_of(["ab", "c"]) != name_of(["a", "bc"])
+    assert name_of(["a", "b"]) != name_of(["b", "a"])
