@@ -35,7 +35,7 @@ def align(config: RunConfig) -> Run:
         show(run, console)
         return run
     check(config, store)
-    log = results.folder_of(config) / "run.log"
+    log = results.claim(config) / "run.log"
     console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
     gpus = max(config.trainer.num_gpus, config.engine.pool.num_gpus)
     with chatter_to(log) as terminal, cluster(config.cluster, gpus):

@@ -50,6 +50,14 @@ def folder_of(config: RunConfig) -> Path:
     raise AssertionError("ten thousand runs of one name")
 
 
+def claim(config: RunConfig) -> Path:
+    """Makes the run's folder and writes config.resolved.yaml, by which the next attempt finds it again."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.resolved.yaml").write_text(dump(config), encoding="utf-8")
+    return folder
+
+
 def finished(config: RunConfig, keys: Mapping[str, str]) -> Run | None:
     """The run, if it was finished with exactly these artifacts."""
     summary = folder_of(config) / "summary.json"
@@ -64,9 +72,7 @@ def write(
 ) -> Run:
     """Writes everything into the run's folder; summary.json comes last, so that its presence means all is there."""
     folder = folder_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
     artifacts = {name: item.artifact for name, item in done.items()}
-    (folder / "config.resolved.yaml").write_text(dump(config), encoding="utf-8")
     data = report_data(config, done, store)
     (folder / "report.html").write_text(render(data), encoding="utf-8")
     aligned = artifact_model(artifacts["learn" if "learn" in artifacts else "forget"], store)
@@ -192,7 +198,7 @@ def _negatives(artifacts: Mapping[str, Artifact], store: Store) -> list[Negative
     """Negatives of which most is known: those whose q the learning stage recorded first, one of a prompt."""
     pairs = tables.PAIRS.read(local_path(artifacts["pairs"].file("pairs.parquet")))
     dropped: dict[str, list[float]] = {}
-    if "learn" in artifacts and local_path(artifacts["learn"].file("kept.parquet")).exists():
+    if "learn" in artifacts:
         seen = tables.KEPT.read(local_path(artifacts["learn"].file("kept.parquet")))
         dropped = dict(zip(seen["id"].to_pylist(), seen["q"].to_pylist(), strict=True))
     scores = _by_id(artifacts, "token scores", "token_scores.parquet", tables.TOKEN_SCORES, "p_re")

@@ -10,6 +10,8 @@ from allo_ray.config.train import TrainConfig, TrainerConfig
 
 #: Files of a finished job, in its `out` folder.
 DELTA, METRICS, FACTS = "delta.safetensors", "metrics.parquet", "train.json"
+#: q of Eq. 8 for some rows of the last batch, where the loss drops noisy tokens.
+KEPT = "kept.parquet"
 #: What rank 0 says of a running job, for the progress line; in the `out` folder.
 HEARTBEAT = "progress.json"
 #: Folder of the running job's checkpoints, under `out`; gone when the job is done.

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from pyarrow.fs import LocalFileSystem
 
+from allo_ray import tables
 from allo_ray.errors import UserError
 from allo_ray.models import fingerprint
 from allo_ray.neurons import delta
@@ -22,7 +23,8 @@ from allo_ray.neurons.parametrize import Neurons, attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
 from allo_ray.train.forward import Policy, load_model
-from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, RESULT, RUN, TrainJob
+from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, RESULT, RUN, TrainJob
+from allo_ray.train.kept import kept_tokens
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, global_batches
@@ -83,6 +85,10 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
     except UserError as error:
         reporter.finish({"error": str(error)})
         return
+    if "v" in job.loss_args and reporter.last_rows:
+        kept = kept_tokens(updater, reporter.last_rows, job.loss_args["v"], device)
+        if plan.worker == 0:
+            tables.KEPT.write(kept, out / KEPT)
     state = updater.state()
     facts = {
         "steps": progress.step,
@@ -135,6 +141,7 @@ class _Reporter:
         self.updater: Updater | None = None
         #: When each part of the start-up was done, seconds since the epoch.
         self.timeline: dict[str, float] = {}
+        self.last_rows: list[Row] = []
         self._told_at = 0.0
 
     def clocked(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
@@ -142,6 +149,7 @@ class _Reporter:
         for batch in batches:
             if "first_batch" not in self.timeline:
                 self.mark("first_batch")
+            self.last_rows = batch
             yield batch
 
     def mark(self, event: str) -> None:
