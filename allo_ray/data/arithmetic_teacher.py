@@ -49,7 +49,7 @@ def rewrite(prediction: str, reference: str, answer: str, marker: str = "The ans
             return None
     else:
         mended = body
-    return _answered(mended, said, tail, answer, marker)
+    return _answered(mended, said, tail, answer, marker, bool(_split(reference, marker)[1]))
 
 
 def find_steps(text: str) -> list[Step]:
@@ -105,9 +105,10 @@ def _split(prediction: str, marker: str) -> tuple[str, str, str]:
     return prediction[: found[-1].start()], found[-1].group(), prediction[found[-1].end() :]
 
 
-def _answered(body: str, said: str, tail: str, answer: str, marker: str) -> str:
-    if not said and _NUMBER.fullmatch(body.strip()):
-        return body.replace(body.strip(), answer)
+def _answered(body: str, said: str, tail: str, answer: str, marker: str, marked: bool) -> str | None:
+    """`marked`: the solution has the marker, so that a prediction without it lacks it."""
+    if not said and not marked:
+        return _NUMBER.sub(answer, body, count=1) if _NUMBER.search(body) else None
     if not said:
         stop = "" if not body.strip() or body.rstrip().endswith((".", "!", "?")) else "."
         lead = " " if not body or not body[-1].isspace() else ""

@@ -17,6 +17,7 @@ from allo_ray.config.data import Columns, DataConfig
 from allo_ray.data.templates import Messages
 from allo_ray.errors import UserError
 from allo_ray.records import Piece, Record, find_files, pieces, read_file, read_piece
+from allo_ray.tables import content_id
 from evals.suites.registry import build_suite
 
 SUITE = "suite:"
@@ -96,10 +97,8 @@ def fingerprint(config: DataConfig) -> str:
         UserError: there is nothing at the path.
     """
     if config.path.startswith(SUITE):
-        return (
-            "generated"
-            if "path" not in config.args
-            else _content(str(config.args["path"]), "auto", config.split)
+        return content_id(
+            *(part for one in examples(config) for part in (one.prompt, one.reference, one.answer))
         )
     return _content(config.path, config.format, config.split)
 

@@ -12,7 +12,8 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, combinations_with_replacement
 from typing import ClassVar, Literal
 
 from allo_ray.errors import UserError
@@ -20,6 +21,7 @@ from evals.suites.base import Item
 
 #: Rejection sampling visits nearly every question of a small space within this many tries a question.
 TRIES_PER_QUESTION = 12
+COUNTED_RANGE = 300
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Arithmetic:
             results = _results(numbers, signs)
             if key in seen or (self.results == "natural" and min(results) < 0):
                 continue
-            if all(self._in_test(pair) == test for pair in _pairs(numbers, results)):
+            if all((self._hash(pair) < self._cut) == test for pair in _pairs(numbers, results)):
                 seen.add(key)
                 yield numbers, signs
         if len(seen) < count:
@@ -103,10 +105,19 @@ class Arithmetic:
                 "Raise limit, change test_share, or ask for fewer."
             )
 
-    def _in_test(self, pair: tuple[int, int]) -> bool:
+    @cached_property
+    def _cut(self) -> int:
+        """Pairs that hash below this are the test's: exactly `test_share` of the pairs of numbers in range."""
+        numbers = range(self.lowest, self.limit + 1)
+        if len(numbers) > COUNTED_RANGE:  # so many pairs that the share comes out right by itself
+            return int(self.test_share * 2**64)
+        hashes = sorted(self._hash(pair) for pair in combinations_with_replacement(numbers, 2))
+        return hashes[min(len(hashes) - 1, round(self.test_share * len(hashes)))]
+
+    def _hash(self, pair: tuple[int, int]) -> int:
         low, high = sorted(pair)
         digest = hashlib.blake2b(f"{self.seed}/{low}/{high}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.test_share * 2**64
+        return int.from_bytes(digest, "big")
 
     def _item(self, numbers: list[int], signs: list[str]) -> Item:
         results = _results(numbers, signs)

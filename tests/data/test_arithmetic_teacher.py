@@ -19,7 +19,7 @@ THREE = " 17 + 25 = 42, 42 - 8 = 34. The answer is 34"
         (" 17 + 25 = 43, 43 - 8 = 35. The answer is 35", THREE),
         (" 17 + 25 = 42, 42 - 8 = 36. The answer is 36", THREE),
         # the words are the prediction's own
-        ("As 17 + 25 = 43; 43 - 8 = 35! So 35: the answer is: 35 .", "As 17 + 25 = 42; 42 - 8 = 34! So 34: the answer is: 34 ."),
+        ("17 + 25 = 43; 43 - 8 = 35! So 35. The answer is: 35", "17 + 25 = 42; 42 - 8 = 34! So 34. The answer is: 34"),
         # right steps, wrong answer
         (" 17 + 25 = 42, 42 - 8 = 34. The answer is 35", THREE),
         # a number or a sign copied wrongly: the solution's stands in its place
@@ -29,7 +29,7 @@ THREE = " 17 + 25 = 42, 42 - 8 = 34. The answer is 34"
         (" 17 + 25 = 42, 42 - 8 = 35", THREE),
         # without working
         (" The answer is 35", " The answer is 34"),
-        (" 35", " 34"),
+        (" so 35", " so 35. The answer is 34"),
         ("I think The answer is", "I think The answer is 34"),
         # what follows the answer stays
         (" The answer is 35 apples", " The answer is 34 apples"),
@@ -37,6 +37,14 @@ THREE = " 17 + 25 = 42, 42 - 8 = 34. The answer is 34"
 )  # fmt: skip
 def test_repairs(prediction: str, expected: str) -> None:
     assert rewrite(prediction, THREE, "34") == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"), [(" 35", " 34"), (" 35 apples, not 7", " 34 apples, not 7"), (" none", None)]
+)
+def test_a_bare_answer_stays_bare(prediction: str, expected: str | None) -> None:
+    """Where the solution is a number alone, nothing is put before it."""
+    assert rewrite(prediction, " 34", "34") == expected
 
 
 def test_a_wrong_number_that_the_question_has_too_stays_where_it_was_given() -> None:

@@ -197,3 +197,11 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert fingerprint(config(write_lines(tmp_path / "sub" / "x.jsonl", PROMPTS))) == first
     write_lines(path, PROMPTS[::-1])
     assert fingerprint(config(path)) != first
+
+
+def test_fingerprint_of_a_suite_is_that_of_its_questions() -> None:
+    def told(**args: Any) -> str:
+        return fingerprint(config("suite:arithmetic", args={"train": 20, **args}))
+
+    assert told() == told(test=40)
+    assert len({told(), told(limit=30), told(train=21), told(seed=3)}) == 4

@@ -67,6 +67,13 @@ def test_natural_results_stay_at_0_or_above() -> None:
     assert any(int(row["answer"] or "0") < 0 for row in some)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_test_side_has_its_share_whatever_the_seed(seed: int) -> None:
+    """Of 465 pairs up to 30, 139 or 140 are the test's; a pair of different numbers makes a sum in two orders and a
+    difference, a pair of equal ones two questions: 420 less some 9."""
+    assert len(list(Arithmetic(limit=30, test=400, seed=seed).rows("test"))) == 400
+
+
 def test_seed_decides_and_more_rows_change_none() -> None:
     rows = list(Arithmetic().rows("train"))
     assert list(Arithmetic().rows("train")) == rows

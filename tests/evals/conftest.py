@@ -1,0 +1,9 @@
+"""Settings of the property tests."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# A busy machine is slow now and then; that is no failure.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
