@@ -166,7 +166,8 @@ def attach(
     for name, master in masters.items() if isinstance(masters, Mapping) else masters or ():
         if name in weights:
             weights[name].data.copy_(master)
-            values[name] = _gather(master.to(weights[name].device), selection, name)
+            if not _shared(selection, weights[name]):
+                values[name] = _gather(master.to(weights[name].device), selection, name)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, weight in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -177,7 +178,7 @@ def attach(
             continue
         weight = weights[name]
         weight.data = weight.data.contiguous()
-        if selection.dense and weight.dtype == torch.float32:
+        if _shared(selection, weight):
             start = weight.data.view(-1)
         else:
             start = values.pop(name) if name in values else _gather(weight.data, selection, name)
@@ -190,6 +191,11 @@ def attach(
     neurons = Neurons(model, selection, attached)
     neurons.write()
     return neurons
+
+
+def _shared(selection: Selection, weight: Tensor) -> bool:
+    """Whether `values` are the weight itself, in one storage."""
+    return selection.dense and weight.dtype == torch.float32
 
 
 def _gather(master: Tensor, selection: Selection, name: str) -> Tensor:

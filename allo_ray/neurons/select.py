@@ -102,7 +102,10 @@ def select_mapped(
     band = not isinstance(order, str)
     shares = list(ks) if isinstance(order, str) else list(order[1:])
     ranking = Ranking(order if isinstance(order, str) else "top", seed)
-    admits = re.compile(include).search if include is not None else lambda name: True
+    try:
+        admits = re.compile(include or "").search
+    except re.error as error:
+        raise UserError(f"locate.include {include!r}: no regular expression ({error}). Mend it.") from None
 
     shapes: dict[str, tuple[int, ...]] = {}
     bins = np.zeros(BINS, dtype=np.int64)
@@ -120,11 +123,14 @@ def select_mapped(
             for low, counts in counted.items():
                 lows[low] += counts
         cuts = [_narrowed(cut, lows[cut.low]) if cut.low in lows else cut for cut in cuts]
-    gathered = list(mapper(partial(gather, ranking, include, cuts)))
-    chosen = [
-        resolve(cut, [parts[number] if parts else None for parts in gathered])
-        for number, cut in enumerate(cuts)
-    ]
+    gathered: list[list[Gathered | None] | None] = list(mapper(partial(gather, ranking, include, cuts)))
+    chosen = []
+    for number, cut in enumerate(cuts):
+        parts = [found[number] if found else None for found in gathered]
+        for found in gathered:
+            if found:
+                found[number] = None  # held by `parts` alone, which `resolve` empties
+        chosen.append(resolve(cut, parts))
     if band:
         chosen = [_without(chosen[1], chosen[0])]
         shares = [shares[1] - shares[0]]
@@ -192,11 +198,12 @@ def _joined(cut: Cut, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
     return Gathered(above, within, keys)
 
 
-def resolve(cut: Cut, parts: Sequence[Gathered | None]) -> list[np.ndarray]:
+def resolve(cut: Cut, parts: list[Gathered | None]) -> list[np.ndarray]:
     """Settles who of those within the cut is in.
 
     Args:
-        parts: of every tensor in order; None for those that cannot be selected.
+        parts: of every tensor in order; None for those that cannot be selected. Emptied on the way, since together
+            they are as large as the selection.
 
     Returns:
         For each tensor its selected flat indices, rising.
@@ -206,7 +213,8 @@ def resolve(cut: Cut, parts: Sequence[Gathered | None]) -> list[np.ndarray]:
     # Stable: among equal keys the earlier tensor, and within it the lower index, comes first.
     taken[np.argsort(-keys, kind="stable")[: cut.need]] = True
     out, at = [], 0
-    for part in parts:
+    for number, part in enumerate(parts):
+        parts[number] = None
         if part is None:
             out.append(np.empty(0, np.int32))
             continue

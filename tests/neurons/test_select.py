@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from allo_ray.errors import UserError
 from allo_ray.neurons import select as module
-from allo_ray.neurons.select import select
+from allo_ray.neurons.select import select, select_mapped
 from allo_ray.neurons.selection import Selection
 
 SHAPES = {
@@ -128,6 +129,24 @@ def test_passes(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(flat(select(counted, [0.1])[0]), flat(whole))
 
 
+def test_mapped_over_workers():
+    """Passes travel to other processes (pickled) and may finish in any order, if results come in tensor order."""
+    tensors = exactly_tied()
+
+    def mapper(function: Callable) -> Iterator:
+        copies = [pickle.loads(pickle.dumps(function)) for _ in tensors]
+        done = {at: copies[at](*tensors[at]) for at in reversed(range(len(tensors)))}
+        return (done[at] for at in range(len(tensors)))
+
+    for mapped, alone in zip(
+        select_mapped(mapper, [0.05, 0.3], include="embed|layers"),
+        select(source(tensors), [0.05, 0.3], include="embed|layers"),
+        strict=True,
+    ):
+        assert torch.equal(flat(mapped), flat(alone))
+        assert mapped.names == alone.names
+
+
 def test_band():
     """Ranks round(0.05 N) to round(0.2 N) of the top order."""
     for tensors in (model(), exactly_tied()):
@@ -197,6 +216,7 @@ def test_not_finite(bad: float):
         ([1.5], {}, "has to lie between 0 and 1"),
         ([1e-9], {}, "selects none of 67,970 neurons"),
         ([0.1], {"include": "nothing"}, "no tensor's name matches"),
+        ([0.1], {"include": "("}, "no regular expression"),
         ([], {"order": ("band", 0.2, 0.2)}, "holds none"),
     ],
 )
