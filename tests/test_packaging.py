@@ -25,11 +25,13 @@ FLOORS = (
     {
         "errors", "config", "tables", "store", "models", "losses", "neurons", "engines", "evals", "doctor",
         "submit", "session",
+        "endpoint", "records",
     },
     {"train", "data", "report"},
     {"stages"},
     {"pipeline"},
-    {"method"},
+    {"method", "results", "estimate"},
+    {"align"},
     {"tune"},
     {"jobs", "benchmarks"},
 )  # fmt: skip
