@@ -181,19 +181,16 @@ def check_cpu() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """g++, ninja and Python's headers: DeepSpeed compiles its shared-memory operation on the CPU at first use."""
+    """g++ and Python's headers: on the CPU, PyTorch compiles small operations of vLLM's sampler at first use."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    beside_python = str(Path(sys.executable).parent)
     missing = [] if header.exists() else ["Python.h"]
-    missing += [
-        tool
-        for tool in ("g++", "ninja")
-        if not (shutil.which(tool) or shutil.which(tool, path=beside_python))
-    ]
+    missing += [] if shutil.which(os.environ.get("CXX", "g++")) else ["g++"]
     if missing:
-        remedy = "DeepSpeed compiles an operation at first use. On Debian: apt-get install g++ ninja-build python3-dev."
+        remedy = (
+            "PyTorch compiles operations of vLLM at first use. On Debian: apt-get install g++ python3-dev."
+        )
         return Finding("compiler", "block", f"missing: {', '.join(missing)}", remedy)
-    return Finding("compiler", "ok", "g++, ninja, Python.h")
+    return Finding("compiler", "ok", "g++, Python.h")
 
 
 def check_memory() -> Finding:
