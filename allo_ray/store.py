@@ -53,6 +53,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ALLO_RAY_CACHE", Path.home() / ".cache" / "allo_ray"))
 
 
+def work_beside(out: str) -> Path:
+    """A folder on this machine for what a job prepares: `out` itself where it is one."""
+    if "://" not in out:
+        return Path(out)
+    return cache_folder() / "work" / hashlib.blake2b(out.encode(), digest_size=12).hexdigest()
+
+
 def local_path(path: str) -> Path:
     """A path on this machine for a path or URL: a URL is fetched once a machine and then found in the cache."""
     if "://" not in path:
@@ -168,7 +175,9 @@ class Store:
         return time.time() - told["time"] > LEASE_SECONDS
 
     def _write_lease(self, path: str, owner: str, mode: str) -> None:
-        text = json.dumps({"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        text = json.dumps(
+            {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        )
         if self.local and mode == "wt":
             part = Path(f"{path}.{owner}")
             part.write_text(text)
@@ -192,7 +201,9 @@ class Store:
                 json.dump({"format": FORMAT}, file)
             return
         except PermissionError as error:
-            raise UserError(f"store {self.root}: {error}. Give a folder that you may write with store: ...") from None
+            raise UserError(
+                f"store {self.root}: {error}. Give a folder that you may write with store: ..."
+            ) from None
         if found != FORMAT:
             raise UserError(
                 f"store {self.root}: written in format {found}, this program reads {FORMAT}. "

@@ -45,7 +45,9 @@ class Table:
     def write(self, rows: pa.Table | Iterable[Mapping[str, Any]], path: str | Path) -> pa.Table:
         """Writes one Parquet file at `path` (its folder is made) and returns what was written."""
         table = rows if isinstance(rows, pa.Table) else self.build(rows)
-        table = table.select(self.schema.names).cast(self.schema).replace_schema_metadata(self.schema.metadata)
+        table = (
+            table.select(self.schema.names).cast(self.schema).replace_schema_metadata(self.schema.metadata)
+        )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path, compression="zstd")
         return table
@@ -58,7 +60,9 @@ class Table:
         """
         files = self.files(path)
         if not files:
-            raise UserError(f"{path}: no {self.name} table here. Check the path, or run the stage that makes it.")
+            raise UserError(
+                f"{path}: no {self.name} table here. Check the path, or run the stage that makes it."
+            )
         for file in files:
             self.check(pq.read_schema(file), file)
         return pa.concat_tables([pq.read_table(file, schema=self.schema) for file in files])
@@ -81,7 +85,9 @@ class Table:
 
 def _table(name: str, **columns: pa.DataType) -> Table:
     metadata = {"allo_ray.table": name, "allo_ray.version": str(VERSION)}
-    return Table(name, pa.schema([pa.field(column, kind) for column, kind in columns.items()], metadata=metadata))
+    return Table(
+        name, pa.schema([pa.field(column, kind) for column, kind in columns.items()], metadata=metadata)
+    )
 
 
 _TEXT, _FLAG, _IDS, _FLOATS = pa.string(), pa.bool_(), pa.list_(pa.int32()), pa.list_(pa.float32())

@@ -13,7 +13,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("allo align", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, or a preset by name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as learn.k=0.1")
-    parser.add_argument("--dry-run", action="store_true", help="print config, stages and estimates; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print config, stages and estimates; start nothing"
+    )
     told = parser.parse_args(arguments)
 
     from allo_ray.config.load import load

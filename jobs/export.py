@@ -15,14 +15,18 @@ from jobs.cli import guarded
 def main(arguments: list[str]) -> int:
     """Applies the deltas in the order given."""
     parser = argparse.ArgumentParser("allo export", description=__doc__)
-    parser.add_argument("--base", required=True, help="folder of the model that the first delta was made over")
-    parser.add_argument("--delta", required=True, action="append", help="a delta file; several apply in order")
+    parser.add_argument(
+        "--base", required=True, help="folder of the model that the first delta was made over"
+    )
+    parser.add_argument(
+        "--delta", required=True, action="append", help="a delta file; several apply in order"
+    )
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     told = parser.parse_args(arguments)
 
     from allo_ray.errors import UserError
     from allo_ray.models import check_folder
-    from allo_ray.neurons.delta import export
+    from allo_ray.neurons.export import export
 
     out = Path(told.out)
     if out.exists():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from jobs.cli import guarded
 
@@ -31,13 +30,12 @@ def main(arguments: list[str]) -> int:
     from allo_ray.data.prepare import prepare_prompts
     from allo_ray.data.tokenise import Tokeniser
     from allo_ray.engines.base import Sampling
-    from allo_ray.models import fingerprint, resolve
+    from allo_ray.models import cached_model, fingerprint
     from allo_ray.report.terminal import Progress
     from allo_ray.session import cluster
-    from allo_ray.store import cache_folder
+    from allo_ray.store import work_beside
 
-    work = cache_folder() / "sample" if "://" in config.out else Path(config.out)
-    folder = resolve(config.model, cache_folder() / "models" / config.model.path.replace(":", "-"))
+    work, folder = work_beside(config.out), cached_model(config.model)
     with cluster(config.cluster, config.engine.pool.num_gpus):
         prompts = work / "prompts.parquet"
         drops = work / "drops.parquet"
@@ -45,20 +43,23 @@ def main(arguments: list[str]) -> int:
         prepare_prompts(
             config.data, Tokeniser(str(folder)), prompts, drops, verify=config.verify, needs_reference=needed
         )
-        with Progress(Console(stderr=True)) as lines:
+        with Progress(Console(stderr=True)) as lines, lines.stage("sample") as line:
             facts = sample(
                 prompts,
                 str(folder),
                 config.engine,
                 Sampling(
-                    config.sample.temperature, config.sample.top_p, config.sample.max_tokens, config.sample.stop
+                    config.sample.temperature,
+                    config.sample.top_p,
+                    config.sample.max_tokens,
+                    config.sample.stop,
                 ),
                 config.sample.n,
                 f"{config.out}/samples",
                 seed=config.seed,
                 verify=config.verify,
                 model_id=fingerprint(folder),
-                progress=lines.stage("sample"),
+                progress=line,
             )
     print(json.dumps(facts, indent=1))
     return 0

@@ -31,7 +31,9 @@ def semantic(section: BaseModel) -> dict[str, Any]:
         elif isinstance(value, (list, tuple)):
             out[name] = [semantic(item) if isinstance(item, BaseModel) else item for item in value]
         elif isinstance(value, dict):
-            out[name] = {key: semantic(item) if isinstance(item, BaseModel) else item for key, item in value.items()}
+            out[name] = {
+                key: semantic(item) if isinstance(item, BaseModel) else item for key, item in value.items()
+            }
         else:
             out[name] = value
     return out

@@ -70,7 +70,9 @@ def _read(source: str | Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is no valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as `model:` and `data:`, found {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected sections such as `model:` and `data:`, found {type(values).__name__}"
+        )
     base = values.pop("extends", None)
     if base is None:
         return values

@@ -70,7 +70,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _stages_fit(self) -> RunConfig:
         if self.data.kind == "prompts" and self.sample is None:
-            raise ValueError("data.kind: prompts needs the section `sample` (responses have to come from somewhere)")
+            raise ValueError(
+                "data.kind: prompts needs the section `sample` (responses have to come from somewhere)"
+            )
         if self.sft is not None and self.sft.data is None and self.data.kind == "pairs":
             raise ValueError("sft.data is needed where data.kind is pairs")
         if self.forget is None and self.learn is None:
@@ -83,5 +85,7 @@ class RunConfig(Section):
             width = self.locate.band[1] - self.locate.band[0]
             for stage in (self.forget, self.learn):
                 if stage is not None and abs(stage.k - width) > 1e-9:
-                    raise ValueError(f"locate.band is {width:g} wide, so k must be {width:g} too (found {stage.k:g})")
+                    raise ValueError(
+                        f"locate.band is {width:g} wide, so k must be {width:g} too (found {stage.k:g})"
+                    )
         return self

@@ -42,10 +42,8 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = Field(default=1e-8, gt=0)
-    #: Largest gradient norm; null leaves gradients as they are.
+    #: Largest gradient norm over the trained neurons; null leaves gradients as they are.
     clip: float | None = Field(default=1.0, gt=0)
-    #: "full" counts discarded gradients into the norm, as the released code does (design: selected).
-    clip_over: Literal["selected", "full"] = "selected"
     #: "instances": token sums, mean over the instances of the global batch; "tokens": over its weighted tokens.
     normalize: Literal["instances", "tokens"] = "instances"
     dtype: Dtype = "bfloat16"
@@ -115,7 +113,8 @@ class LearnConfig(TrainConfig):
 class BaselineConfig(TrainConfig):
     """A method to compare with, trained on the same pairs from the same backbone."""
 
-    loss: Literal["sft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo"]
+    #: "sft" learns the chosen responses (RFT where they are samples); "npo_sequence" is Eq. 6, "npo" its token form.
+    loss: Literal["sft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo_sequence", "npo"]
     #: Arguments of the loss, e.g. {beta: 0.1}.
     args: dict[str, Any] = Field(default_factory=dict)
     #: Share of neurons trained; 1 is full-parameter training.

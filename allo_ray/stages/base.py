@@ -56,7 +56,11 @@ class Context:
         return f"{self.store.root}/{stage.name}/{self.key}/{name}"
 
     def _relative(self, path: str) -> str:
-        return path.replace(f"{self.store.root}/", "store:", 1) if path.startswith(f"{self.store.root}/") else path
+        return (
+            path.replace(f"{self.store.root}/", "store:", 1)
+            if path.startswith(f"{self.store.root}/")
+            else path
+        )
 
 
 def artifact_model(artifact: Artifact, store: Store) -> ModelRef:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 from allo_ray import tables
 from allo_ray.config.data import SuiteConfig, VerifyConfig
 from allo_ray.config.engine import SamplingConfig
+from allo_ray.config.jobs import EvalJob
 from allo_ray.data.inference import Job
 from allo_ray.data.inference import run as answer
 from allo_ray.data.inference_work import SampleWork
@@ -20,9 +22,9 @@ from allo_ray.data.tokenise import Tokeniser
 from allo_ray.data.verify import Verifier
 from allo_ray.engines.base import Sampling
 from allo_ray.errors import UserError
-from allo_ray.models import ModelRef
+from allo_ray.models import ModelRef, fingerprint
 from allo_ray.neurons.export import export
-from allo_ray.stages.base import Context, Stage, artifact_model
+from allo_ray.stages.base import Context, Progress, Stage, artifact_model
 from allo_ray.store import local_path
 from evals.suites.registry import load_suite
 
@@ -39,7 +41,11 @@ def run(ctx: Context) -> None:
     asked = {suite.title: questions(suite, ctx.config.data.template, tokeniser) for suite in suites}
     prompts = tables.PROMPTS.build([row for rows in asked.values() for row in rows])
     sampling = SamplingConfig(**settings["sampling"])
-    told = {"questions": sorted(prompts["id"].to_pylist()), "sampling": settings["sampling"], **ctx.settings["engine"]}
+    told = {
+        "questions": sorted(prompts["id"].to_pylist()),
+        "sampling": settings["sampling"],
+        **ctx.settings["engine"],
+    }
     keys = {label: ctx.store.key(ANSWERS, 1, told, {"model": item.key}) for label, item in ctx.inputs.items()}
     with ExitStack() as leases:
         for key in sorted(set(keys.values())):
@@ -51,11 +57,39 @@ def run(ctx: Context) -> None:
     ctx.facts["counts"] = {title: len(rows) for title, rows in asked.items()}
     for label, key in keys.items():
         found = ctx.store.find(ANSWERS, key)
-        samples = tables.SAMPLES.read(local_path(found.file("samples"))) if found else tables.SAMPLES.build([])
+        samples = (
+            tables.SAMPLES.read(local_path(found.file("samples"))) if found else tables.SAMPLES.build([])
+        )
         given = dict(zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
         verify = VerifyConfig(**ctx.settings["verify"])
         rows = [row for suite in suites for row in scored(suite, asked[suite.title], given, verify)]
         tables.EVALS.write(rows, ctx.out / "evals" / f"{label}.parquet")
+
+
+def evaluate_folders(
+    config: EvalJob, folders: Mapping[str, str], out: Path, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """EVALS rows by label, for models that lie in folders; answers are kept under `out`, so that a run resumes."""
+    tokeniser = Tokeniser(next(iter(folders.values())))
+    asked = {suite.title: questions(suite, config.template, tokeniser) for suite in config.suites}
+    prompts = tables.PROMPTS.build([row for rows in asked.values() for row in rows])
+    sampling = config.sampling
+    work = SampleWork(
+        Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop), 1, 0
+    )
+    jobs = [
+        Job(prompts, folder, work, str(out / "answers" / label), fingerprint(folder))
+        for label, folder in folders.items()
+    ]
+    answer(jobs, config.engine, progress)
+    rows = {}
+    for label, job in zip(folders, jobs, strict=True):
+        samples = job.shards.read()
+        given = dict(zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
+        rows[label] = [
+            row for suite in config.suites for row in scored(suite, asked[suite.title], given, config.verify)
+        ]
+    return rows
 
 
 def questions(suite: SuiteConfig, template: str, tokeniser: Tokeniser) -> list[dict[str, Any]]:
@@ -109,7 +143,9 @@ def _answer(
     ctx: Context, missing: dict[str, tuple[str, ModelRef]], prompts: pa.Table, sampling: SamplingConfig
 ) -> None:
     """Answers all questions with the models that have no answers yet, and publishes them."""
-    work = SampleWork(Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop), 1, 0)
+    work = SampleWork(
+        Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop), 1, 0
+    )
     jobs = []
     exports = ctx.out / "models"
     for label, (key, model) in missing.items():

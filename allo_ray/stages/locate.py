@@ -19,7 +19,9 @@ def run(ctx: Context) -> None:
     options = ctx.settings["locate"]
 
     def tensors() -> Iterator[tuple[str, Tensor, Tensor]]:  # both models, tensor by tensor, in the same order
-        pairs = zip(iter_masters(start.base, start.layers), iter_masters(tuned.base, tuned.layers), strict=True)
+        pairs = zip(
+            iter_masters(start.base, start.layers), iter_masters(tuned.base, tuned.layers), strict=True
+        )
         for (name, before), (other, after) in pairs:
             assert name == other, f"tensor order differs: {name}, {other}"
             yield name, before, after

@@ -13,7 +13,8 @@ from allo_ray.stages.training import fit
 def warmup(ctx: Context) -> None:
     """Full-parameter training for one epoch (Eq. 2); its weight changes rank the neurons."""
     config = WarmupConfig(**ctx.settings["train"])
-    _train(ctx, WARMUP, config, config.method, {} if config.method == "sft" else {"beta": config.beta})
+    loss = {"dpo": "dpo", "sft": "sft", "npo": "npo_sequence"}[config.method]
+    _train(ctx, WARMUP, config, loss, {} if loss == "sft" else {"beta": config.beta})
 
 
 def forget(ctx: Context) -> None:

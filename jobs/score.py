@@ -1,0 +1,58 @@
+"""The probability (or log-prob) of every token of given responses under a model; run again, it goes on.
+
+allo score --config my.yaml         (sections: out, model, rows, columns, engine; see allo_ray/config/jobs.py)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from jobs.cli import guarded
+
+
+def main(arguments: list[str]) -> int:
+    """Tokenises the rows, scores them, and prints the summary as JSON."""
+    parser = argparse.ArgumentParser("allo score", description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as logprobs=true"
+    )
+    told = parser.parse_args(arguments)
+
+    from allo_ray.config.jobs import ScoreJob
+    from allo_ray.config.load import load_as
+
+    config = load_as(ScoreJob, told.config, told.set)
+
+    from rich.console import Console
+
+    from allo_ray.data.inference import score
+    from allo_ray.data.tokenise import Tokeniser
+    from allo_ray.data.user_scores import write_user_rows
+    from allo_ray.models import cached_model, fingerprint
+    from allo_ray.report.terminal import Progress
+    from allo_ray.session import cluster
+    from allo_ray.store import work_beside
+
+    folder = cached_model(config.model)
+    rows = work_beside(config.out) / "score_rows.parquet"
+    write_user_rows(rows, config.rows, config.columns, Tokeniser(str(folder)))
+    with cluster(config.cluster, config.engine.pool.num_gpus):
+        with Progress(Console(stderr=True)) as lines, lines.stage("score") as line:
+            facts = score(
+                rows,
+                str(folder),
+                config.engine,
+                f"{config.out}/scores",
+                logprobs=config.logprobs,
+                model_id=fingerprint(folder),
+                progress=line,
+            )
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("jobs.score", sys.argv[1:]))
