@@ -88,6 +88,17 @@ def test_ids_give_the_text_back(tokeniser: Tokeniser, text: str) -> None:
     except UnicodeEncodeError:
         return  # a lone surrogate is no text
     assert tokeniser.text(tokeniser.plain(text)) == text
+    assert tokeniser.plain(text) == list(tokeniser.hf(text, add_special_tokens=False).input_ids)
+
+
+def test_limits_kept_in_the_tokenizer_file_cut_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_llama, folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    told["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    text = "The answer is not three tokens long"
+    assert Tokeniser(str(folder)).plain(text) == Tokeniser(str(tiny_llama)).plain(text)
 
 
 def test_spelling_shows_text_or_the_name(tokeniser: Tokeniser) -> None:
