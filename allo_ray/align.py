@@ -15,6 +15,7 @@ from allo_ray.report.content import Comparison, ModelScores
 from allo_ray.report.terminal import Progress, closing
 from allo_ray.results import Run
 from allo_ray.session import chatter_to, cluster
+from allo_ray.stages.evaluate import judged_suites
 from allo_ray.store import Store
 
 
@@ -61,6 +62,7 @@ def show(run: Run, console: Console) -> None:
 
 def check(config: RunConfig, store: Store) -> None:
     """Everything that can be found wrong without a worker: data, memory, disk."""
+    judged_suites(config.evaluate.suites, config.evaluate.judge)
     check_source(config.data)
     if config.sft is not None and config.sft.data is not None:
         check_source(config.sft.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -162,14 +162,18 @@ def _scores(evaluate: Artifact) -> tuple[list[ModelScores], list[Comparison]]:
         {
             label: tables.EVALS.read(local_path(evaluate.file(f"evals/{label}.parquet")))
             for label in evaluate.facts["models"]
-        }
+        },
+        evaluate.facts["judged"],
     )
 
 
-def compare(answers: Mapping[str, pa.Table]) -> tuple[list[ModelScores], list[Comparison]]:
+def compare(
+    answers: Mapping[str, pa.Table], judged: Sequence[str] = ()
+) -> tuple[list[ModelScores], list[Comparison]]:
     """Scores of all models (EVALS by label), and each compared with the first one on each suite, the last one first.
 
-    ALLO is compared with DPO too, where both are there.
+    ALLO is compared with DPO too, where both are there. In the suites `judged` a tie counts half, and models are
+    compared by what the judge said of each against the first one.
     """
     right: dict[tuple[str, str], dict[str, bool]] = {}
     for label, table in answers.items():
@@ -177,11 +181,20 @@ def compare(answers: Mapping[str, pa.Table]) -> tuple[list[ModelScores], list[Co
             *(table[name].to_pylist() for name in ("suite", "id", "correct")), strict=True
         ):
             right.setdefault((suite, label), {})[key] = correct
+    ties = {
+        (suite, label): sum(
+            row["suite"] == suite and row["answer"] == "tie"
+            for row in table.select(["suite", "answer"]).to_pylist()
+        )
+        for label, table in answers.items()
+        for suite in judged
+    }
     labels, suites = list(answers), list(dict.fromkeys(suite for suite, _ in right))
     scores = []
     for suite in suites:
         for label in labels:
             correct, n = sum(right[suite, label].values()), len(right[suite, label])
+            correct += ties.get((suite, label), 0) // 2
             scores.append(ModelScores(label, suite, correct, n, *wilson_interval(correct, n)))
     against = [(other, labels[0]) for other in reversed(labels[1:])]
     if "ALLO" in labels and "DPO" in labels:
@@ -192,6 +205,8 @@ def compare(answers: Mapping[str, pa.Table]) -> tuple[list[ModelScores], list[Co
             mine, other = right[suite, a], right[suite, b]
             wins = sum(mine[key] and not other[key] for key in mine)
             losses = sum(other[key] and not mine[key] for key in mine)
+            if suite in judged and b == labels[0]:
+                losses = len(mine) - wins - ties[suite, a]
             comparisons.append(
                 Comparison(a, b, suite, (wins - losses) / len(mine), paired_p_value(wins, losses))
             )

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from allo_ray.report.terminal import Progress, closing
     from allo_ray.results import compare
     from allo_ray.session import cluster
-    from allo_ray.stages.evaluate import evaluate_folders
+    from allo_ray.stages.evaluate import evaluate_folders, judged_suites
 
     folders = {label: str(cached_model(model)) for label, model in config.models.items()}
     out = Path(config.out)
@@ -45,7 +45,10 @@ def main(arguments: list[str]) -> int:
             answers = evaluate_folders(config, folders, out, line)
     for label, rows in answers.items():
         tables.EVALS.write(rows, out / "evals" / f"{label}.parquet")
-    scores, comparisons = compare({label: tables.EVALS.build(rows) for label, rows in answers.items()})
+    judged = sorted(judged_suites(config.suites, config.judge))
+    scores, comparisons = compare(
+        {label: tables.EVALS.build(rows) for label, rows in answers.items()}, judged
+    )
     told_scores = [asdict(score) | {"accuracy": score.accuracy} for score in scores]
     (out / "scores.json").write_text(json.dumps(told_scores, indent=1))
     closing(Console(), scores, comparisons, {"scores": out / "scores.json"})

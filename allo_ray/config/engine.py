@@ -57,18 +57,31 @@ class SampleConfig(SamplingConfig):
     n: int = Field(default=10, ge=1)
 
 
-class TeacherConfig(Section):
+class EndpointOptions(Section):
+    """How an OpenAI-compatible endpoint is asked."""
+
+    #: The environment variable that holds its key.
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=16, ge=1)
+    timeout_seconds: float = Field(default=120, gt=0)
+    retries: int = Field(default=5, ge=0)
+
+
+class JudgeConfig(EndpointOptions):
+    """Who judges open answers against the backbone's (Table 3: win rate, both orders)."""
+
+    url: str
+    model: str
+
+
+class TeacherConfig(EndpointOptions):
     """Who rewrites the negatives with the fewest edits (paper 4.2)."""
 
     kind: Literal["arithmetic", "model", "endpoint"]
     #: kind "model": folder or hub name run by the engine. kind "endpoint": the model's name there.
     model: str | None = None
-    #: kind "endpoint": base URL of an OpenAI-compatible server, and the environment variable that holds its key.
+    #: kind "endpoint": base URL of an OpenAI-compatible server.
     url: str | None = None
-    key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = Field(default=16, ge=1)
-    timeout_seconds: float = Field(default=120, gt=0)
-    retries: int = Field(default=5, ge=0)
     sampling: SamplingConfig = SamplingConfig(temperature=0, max_tokens=1024)
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, SuiteConfig, VerifyConfig
-from allo_ray.config.engine import EngineConfig, SampleConfig, SamplingConfig
+from allo_ray.config.engine import EngineConfig, JudgeConfig, SampleConfig, SamplingConfig
 from allo_ray.config.model import ModelConfig
 from allo_ray.config.run import ClusterConfig
 
@@ -59,5 +59,6 @@ class EvalJob(Section):
     template: str = "plain"
     sampling: SamplingConfig = SamplingConfig(temperature=0, top_p=1.0, max_tokens=512)
     verify: VerifyConfig = VerifyConfig()
+    judge: JudgeConfig | None = None
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
-from allo_ray.config.engine import EngineConfig, SampleConfig, SamplingConfig, TeacherConfig
+from allo_ray.config.engine import EngineConfig, JudgeConfig, SampleConfig, SamplingConfig, TeacherConfig
 from allo_ray.config.model import ModelConfig
 from allo_ray.config.train import (
     BaselineConfig,
@@ -25,6 +25,8 @@ class EvaluateConfig(Section):
 
     suites: tuple[SuiteConfig, ...] = ()
     sampling: SamplingConfig = SamplingConfig(temperature=0, top_p=1.0, max_tokens=512)
+    #: Needed by suites whose answers a judge compares (AlpacaEval, Arena-Hard).
+    judge: JudgeConfig | None = None
 
 
 class ClusterConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from allo_ray import tables
 from allo_ray.config.data import SuiteConfig, VerifyConfig
-from allo_ray.config.engine import SamplingConfig
+from allo_ray.config.engine import JudgeConfig, SamplingConfig
 from allo_ray.config.jobs import EvalJob
 from allo_ray.data.inference import Job
 from allo_ray.data.inference import run as answer
@@ -25,6 +25,7 @@ from allo_ray.errors import UserError
 from allo_ray.models import ModelRef, fingerprint
 from allo_ray.neurons.export import export
 from allo_ray.stages.base import Context, Progress, Stage, artifact_model
+from allo_ray.stages.judged import judge_answers
 from allo_ray.store import local_path
 from evals.suites.registry import load_suite
 
@@ -55,21 +56,43 @@ def run(ctx: Context) -> None:
             _answer(ctx, {label: (missing[label], models[label]) for label in missing}, prompts, sampling)
     ctx.facts["models"] = list(models)
     ctx.facts["counts"] = {title: len(rows) for title, rows in asked.items()}
+    verify = VerifyConfig(**ctx.settings["verify"])
+    answers: dict[str, list[dict[str, Any]]] = {}
     for label, key in keys.items():
         found = ctx.store.find(ANSWERS, key)
         samples = (
             tables.SAMPLES.read(local_path(found.file("samples"))) if found else tables.SAMPLES.build([])
         )
         given = dict(zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
-        verify = VerifyConfig(**ctx.settings["verify"])
-        rows = [row for suite in suites for row in scored(suite, asked[suite.title], given, verify)]
+        answers[label] = [row for suite in suites for row in scored(suite, asked[suite.title], given, verify)]
+    ctx.facts["judged"] = sorted(judged := judged_suites(suites, ctx.config.evaluate.judge))
+    if judged:
+        assert ctx.config.evaluate.judge is not None, "checked by judged_suites"
+        ctx.facts["without_verdict"] = judge_answers(ctx.config.evaluate.judge, answers, judged)
+    for label, rows in answers.items():
         tables.EVALS.write(rows, ctx.out / "evals" / f"{label}.parquet")
+
+
+def judged_suites(suites: Sequence[SuiteConfig], judge: JudgeConfig | None) -> set[str]:
+    """Titles of the suites whose answers a judge compares.
+
+    Raises:
+        UserError: there is one, and no judge; or a suite is unknown or incomplete.
+    """
+    titles = {suite.title for suite in suites if load_suite(suite).verifier == "judge"}
+    if titles and judge is None:
+        raise UserError(
+            f"evaluate.suites: {', '.join(sorted(titles))} need a judge. Give evaluate.judge: {{url, model}} of an "
+            "OpenAI-compatible endpoint, or leave these suites out."
+        )
+    return titles
 
 
 def evaluate_folders(
     config: EvalJob, folders: Mapping[str, str], out: Path, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
     """EVALS rows by label, for models that lie in folders; answers are kept under `out`, so that a run resumes."""
+    judged_suites(config.suites, config.judge)
     tokeniser = Tokeniser(next(iter(folders.values())))
     asked = {suite.title: questions(suite, config.template, tokeniser) for suite in config.suites}
     prompts = tables.PROMPTS.build([row for rows in asked.values() for row in rows])
@@ -82,13 +105,16 @@ def evaluate_folders(
         for label, folder in folders.items()
     ]
     answer(jobs, config.engine, progress)
-    rows = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for label, job in zip(folders, jobs, strict=True):
         samples = job.shards.read()
         given = dict(zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
         rows[label] = [
             row for suite in config.suites for row in scored(suite, asked[suite.title], given, config.verify)
         ]
+    if judged := judged_suites(config.suites, config.judge):
+        assert config.judge is not None, "checked by judged_suites"
+        judge_answers(config.judge, rows, judged)
     return rows
 
 
@@ -120,11 +146,13 @@ def scored(
 ) -> list[dict[str, Any]]:
     """EVALS rows: each question with the model's response and whether it is right."""
     kind = load_suite(suite).verifier
-    verifier = Verifier(verify.model_copy(update={"kind": kind}) if kind != "judge" else verify)
+    verifier = Verifier(verify.model_copy(update={"kind": kind})) if kind != "judge" else None
     out = []
     for row in rows:
         response = given.get(row["id"], "")
-        answer_given, correct = verifier.check(row["prompt"], response, row["answer"])
+        answer_given, correct = None, False
+        if verifier is not None:
+            answer_given, correct = verifier.check(row["prompt"], response, row["answer"])
         out.append(
             {
                 "suite": suite.title,

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from allo_ray import tables
 from allo_ray.config.data import DataConfig, PairConfig, VerifyConfig
-from allo_ray.data.lookup import Lookup, stream, write_stream
 from allo_ray.data.pairing import build_pairs
 from allo_ray.data.prepare import prepare_pairs
 from allo_ray.data.tokenise import Tokeniser
-from allo_ray.data.verify import Verifier
+from allo_ray.data.verdicts import write_verdicts
 from allo_ray.stages.base import Context, Stage, data_settings
 from allo_ray.store import local_path
 
 
 def run(ctx: Context) -> None:
     """Judges the samples and pairs them. Writes judged.parquet and pairs.parquet."""
-    judged = ctx.out / "judged.parquet"
-    write_stream(tables.SAMPLES, _judged(ctx), judged)
-    ctx.facts["counts"] = build_pairs(
-        ctx.file("prompts", "prompts.parquet"),
+    prompts, judged = ctx.file("prompts", "prompts.parquet"), ctx.out / "judged.parquet"
+    verify = VerifyConfig(**ctx.settings["verify"])
+    counts = write_verdicts(judged, prompts=prompts, samples=ctx.file("samples", "samples"), verify=verify)
+    ctx.facts["counts"] = counts | build_pairs(
+        prompts,
         judged,
         ctx.out / "pairs.parquet",
         config=PairConfig(**ctx.settings["pair"]),
@@ -39,17 +35,6 @@ def read(ctx: Context) -> None:
         ctx.out / "pairs.parquet",
         ctx.out / "drops.parquet",
     )
-
-
-def _judged(ctx: Context) -> Iterator[dict[str, Any]]:
-    verifier = Verifier(VerifyConfig(**ctx.settings["verify"]))
-    samples = ctx.file("samples", "samples")
-    with Lookup(tables.PROMPTS, ctx.file("prompts", "prompts.parquet"), ctx.out / ".scratch") as prompts:
-        for sample in stream(tables.SAMPLES, samples):
-            [prompt] = prompts.take(prompts.find([sample["prompt_id"]]))
-            answer, verdict = verifier.check(prompt["prompt"], sample["text"], prompt["answer"])
-            yield {**sample, "answer": answer, "verdict": verdict}
-    (ctx.out / ".scratch").rmdir()
 
 
 PAIRS = Stage("pairs", 1, run)

@@ -20,7 +20,9 @@ RECORDED, TOKENS = 32, 2048
 
 
 @torch.no_grad()
-def kept_tokens(updater: Updater, rows: Sequence[Row], v: float, device: torch.device) -> list[dict[str, Any]]:
+def kept_tokens(
+    updater: Updater, rows: Sequence[Row], v: float, device: torch.device
+) -> list[dict[str, Any]]:
     """Returns rows of KEPT for up to 32 rows: q (1 where a token is kept) and log-ratios, as long as the response.
 
     Collective where weights are sharded: every worker has to call it with the same rows.

@@ -22,13 +22,19 @@ from torch import nn
 from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.neurons.parametrize import Neurons
 from allo_ray.train.batching import Packed
-from allo_ray.train.updater import MOMENTS, make_optimizer
+from allo_ray.train.updater import MOMENTS, clipped_step, make_optimizer
 
 
-def engine_config(config: TrainConfig, trainer: TrainerConfig) -> dict[str, Any]:
+def stage_of(trainer: TrainerConfig, workers: int) -> int:
+    """The ZeRO stage that is used: a single worker shards nothing, so copies made for sharding are left out."""
+    return trainer.zero_stage if workers > 1 or trainer.offload_optimizer else 0
+
+
+def engine_config(config: TrainConfig, trainer: TrainerConfig, workers: int) -> dict[str, Any]:
     """The DeepSpeed config. Micro-batches are counted by the loop, not by DeepSpeed."""
-    zero: dict[str, Any] = {"stage": trainer.zero_stage}
-    if trainer.zero_stage == 3:
+    stage = stage_of(trainer, workers)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
         # Nothing stays whole on every worker but what is in use.
         zero |= {"stage3_param_persistence_threshold": 0}
     if trainer.offload_optimizer:
@@ -36,7 +42,7 @@ def engine_config(config: TrainConfig, trainer: TrainerConfig) -> dict[str, Any]
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.clip if config.clip is not None and trainer.zero_stage > 0 else 0.0,
+        "gradient_clipping": config.clip if config.clip is not None and stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -53,17 +59,18 @@ class ZeroUpdater:
         deepspeed = _quiet_deepspeed()
         self.neurons = neurons
         self.clip = config.clip
-        self.stage = trainer.zero_stage
         self.workers = torch.distributed.get_world_size()
+        self.stage = stage_of(trainer, self.workers)
         self.worker = torch.distributed.get_rank()
         self.optimizer = make_optimizer(neurons, config)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self.optimizer,
-            config=engine_config(config, trainer),
+            config=engine_config(config, trainer, self.workers),
             dist_init_required=False,
         )
+        self.engine.enable_backward_allreduce = self.workers > 1
 
     def forward(self, batch: Packed) -> torch.Tensor:
         return self.engine(batch)
@@ -76,10 +83,15 @@ class ZeroUpdater:
 
     @torch.no_grad()
     def update(self, divisor: float, lr: float) -> float:
+        if self.stage == 0:
+            # DeepSpeed has averaged the gradients over the workers; its own step could not divide them.
+            norm = clipped_step(self.optimizer, divisor / self.workers, self.clip, lr)
+            self.engine.zero_grad()
+            if math.isfinite(norm):
+                self.neurons.write()
+            return norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage == 0:
-            return self._update_replicated(divisor)
         self.engine.optimizer.override_loss_scale(divisor / self.workers)
         self.engine.step()
         # DeepSpeed leaves everything as it was where the norm is not finite.
@@ -87,19 +99,6 @@ class ZeroUpdater:
             return math.nan
         self._write()
         return float(self.engine.get_global_grad_norm())
-
-    def _update_replicated(self, divisor: float) -> float:
-        """ZeRO 0: DeepSpeed has averaged the gradients of the last backward pass; scaling them is left to us."""
-        gradients = [values.grad for values in self.neurons.parameters() if values.grad is not None]
-        divisor /= self.workers
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
-        if math.isfinite(norm):
-            scale = divisor if self.clip is None else divisor * max(1.0, (norm + 1e-6) / self.clip)
-            for gradient in gradients:
-                gradient.mul_(1.0 / scale)
-            self.engine.step()
-            self.neurons.write()
-        return norm
 
     def _write(self) -> None:
         if self.stage < 3:
