@@ -43,6 +43,11 @@ def save(folder: Path, state: dict[str, torch.Tensor], progress: Progress) -> No
     os.rename(part, folder)
 
 
+def latest(run_folder: Path) -> Path | None:
+    """The checkpoint of the highest step, among the folders `step-<number>`; None if there is none."""
+    return max(run_folder.glob("step-" + "[0-9]" * 8), default=None)
+
+
 def load(folder: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     """Reads what `save` wrote."""
     return load_file(folder / "state.safetensors"), Progress(

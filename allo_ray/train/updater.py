@@ -56,21 +56,23 @@ class Updater(Protocol):
 
 
 def make_optimizer(neurons: Neurons, config: TrainConfig) -> torch.optim.AdamW:
-    """Stock AdamW over the values: moments, decay and step are of size K. Fused, it takes one pass over them."""
+    """Stock AdamW over the values: moments, decay and step are of size K.
+
+    Dense training takes the fused kind, which makes one pass instead of ten. On the CPU that kind rounds the last few
+    entries of a tensor in another way, so selected neurons would not keep the bits of AdamW on the whole tensor.
+    """
     return torch.optim.AdamW(
         neurons.parameters(),
         lr=config.lr,
         betas=config.adam_betas,
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=neurons.selection.dense,
     )
 
 
 def clipped_step(optimizer: torch.optim.AdamW, divisor: float, clip: float | None, lr: float) -> float:
     """Steps with the gradients divided by `divisor` and clipped, unless their norm is not finite.
-
-    The fused optimizer divides as it reads the gradients: no pass over them of its own.
 
     Returns:
         The norm of the divided gradients before clipping.
@@ -80,7 +82,11 @@ def clipped_step(optimizer: torch.optim.AdamW, divisor: float, clip: float | Non
     norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
     if math.isfinite(norm):
         scale = divisor if clip is None else divisor * max(1.0, (norm + 1e-6) / clip)
-        optimizer.grad_scale = torch.tensor(scale, device=gradients[0].device)  # type: ignore[attr-defined]
+        if group["fused"]:  # divides as it reads
+            optimizer.grad_scale = torch.tensor(scale, device=gradients[0].device)  # type: ignore[attr-defined]
+        else:
+            for gradient in gradients:
+                gradient.mul_(1.0 / scale)
         group["lr"] = lr
         optimizer.step()
     return norm

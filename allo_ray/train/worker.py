@@ -76,7 +76,7 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         policy, neurons = build(job, device)
         reporter.mark("model_loaded")
         updater = _make_updater(policy, neurons, job)
-        progress = _resume(updater)
+        progress = _resume(updater, out / RUN)
         resumed_at = progress.step
         reporter.updater = updater
         reporter.mark("engine_built")
@@ -109,14 +109,16 @@ def _make_updater(policy: Policy, neurons: Neurons, job: TrainJob) -> Updater:
     return ZeroUpdater(policy, neurons, job.config, job.trainer)
 
 
-def _resume(updater: Updater) -> checkpoint.Progress:
-    import ray.train
+def _resume(updater: Updater, run_folder: Path) -> checkpoint.Progress:
+    """Loads the newest whole checkpoint of this run: the one that rank 0 sees, on every worker.
 
-    found = ray.train.get_checkpoint()
-    if found is None:
+    Ray Train registers checkpoints when its controller next looks; one that is stored but not yet registered counts.
+    """
+    found = [checkpoint.latest(run_folder)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    if found[0] is None:
         return checkpoint.Progress()
-    with found.as_directory() as folder:
-        state, progress = checkpoint.load(Path(folder))
+    state, progress = checkpoint.load(found[0])
     updater.load(state)
     return progress
 

@@ -119,6 +119,7 @@ def test_dense_adamw_with_masked_gradients_gives_the_same_bits(
     rows = with_reference(folder, make_rows(24))
     sparse: PlainUpdater = make_updater(folder, config)
     dense: PlainUpdater = make_updater(folder, config, dense=True)
+    dense.optimizer = torch.optim.AdamW(dense.neurons.parameters(), weight_decay=0.0)
     selection = sparse.neurons.selection
 
     def mask(name: str):

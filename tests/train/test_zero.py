@@ -88,6 +88,13 @@ def test_resumed_ranks_keep_every_bit(states: dict[str, dict[str, torch.Tensor]]
 def test_deepspeed_is_never_told_to_cast() -> None:
     """With fp16 or bf16 enabled it would cast the masters; without both it leaves every dtype alone."""
     for stage in (0, 1, 2, 3):
-        told = engine_config(CONFIG, TrainerConfig.model_validate({"zero_stage": stage}))
+        told = engine_config(CONFIG, TrainerConfig.model_validate({"zero_stage": stage}), workers=2)
         assert not {"fp16", "bf16", "torch_autocast"} & set(told)
         assert told["gradient_clipping"] == (1.0 if stage else 0.0)
+        assert told["zero_optimization"]["stage"] == stage
+
+
+def test_one_worker_makes_no_copies_for_sharding() -> None:
+    assert engine_config(CONFIG, TrainerConfig(zero_stage=2), workers=1)["zero_optimization"]["stage"] == 0
+    offloaded = TrainerConfig(zero_stage=2, offload_optimizer=True)
+    assert engine_config(CONFIG, offloaded, workers=1)["zero_optimization"]["stage"] == 2

@@ -38,7 +38,9 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, folde
     def build(stage: int) -> ZeroUpdater:
         loaded = load_model(model, torch.float32)
         neurons = attach(loaded, Selection.load(selection))
-        return ZeroUpdater(Policy(loaded), neurons, CONFIG, TrainerConfig.model_validate({"zero_stage": stage}))
+        return ZeroUpdater(
+            Policy(loaded), neurons, CONFIG, TrainerConfig.model_validate({"zero_stage": stage})
+        )
 
     def add_up(sums: torch.Tensor) -> None:
         torch.distributed.all_reduce(sums)
