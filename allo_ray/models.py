@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +125,12 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-@cache
 def source_fingerprint(config: ModelConfig) -> str:
     """What tells one state of a model from another before it is taken in: a folder's fingerprint, else a version."""
     path = Path(config.path).expanduser()
     if (path / "config.json").is_file():
         return fingerprint(path)
-    return f"{SMOLLM2_PACKAGE[1]}" if config.path == "package:smollm2" else config.revision or ""
+    return SMOLLM2_PACKAGE[1] if config.path == "package:smollm2" else config.revision or ""
 
 
 def neurons_of(config: ModelConfig) -> int:

@@ -44,7 +44,7 @@ class Table:
 
     def write(self, rows: pa.Table | Iterable[Mapping[str, Any]], path: str | Path) -> pa.Table:
         """Writes one Parquet file at `path` (its folder is made) and returns what was written."""
-        table = rows if isinstance(rows, pa.Table) else self.build(rows)
+        table: pa.Table = rows if isinstance(rows, pa.Table) else self.build(rows)
         table = (
             table.select(self.schema.names).cast(self.schema).replace_schema_metadata(self.schema.metadata)
         )

@@ -26,7 +26,8 @@ def forget(ctx: Context) -> None:
 def learn(ctx: Context) -> None:
     """Masked DPO on the k2 % neurons (Eq. 9)."""
     config = LearnConfig(**ctx.settings["train"])
-    _train(ctx, LEARN, config, "masked_dpo", {"beta": config.beta, "v": config.v})
+    own = config.reference == "start" or not ctx.model("start").deltas
+    _train(ctx, LEARN, config, "masked_dpo", {"beta": config.beta, "v": config.v}, own_reference=own)
 
 
 def baseline(ctx: Context) -> None:
@@ -36,7 +37,13 @@ def baseline(ctx: Context) -> None:
 
 
 def _train(
-    ctx: Context, stage: Stage, config: TrainConfig, loss: str, args: dict[str, Any], **weights: Any
+    ctx: Context,
+    stage: Stage,
+    config: TrainConfig,
+    loss: str,
+    args: dict[str, Any],
+    own_reference: bool = True,
+    **weights: Any,
 ) -> None:
     seed = ctx.settings["seed"]
     rows = ctx.out / "rows.parquet"
@@ -50,10 +57,11 @@ def _train(
             seed=seed,
             **weights,
         )
-    fit(ctx, stage, config, loss, args, rows, "selection" if "selection" in ctx.inputs else None)
+    selection = "selection" if "selection" in ctx.inputs else None
+    fit(ctx, stage, config, loss, args, rows, selection, own_reference)
 
 
 WARMUP = Stage("warmup", 1, warmup)
 FORGET = Stage("forget", 1, forget)
-LEARN = Stage("learn", 1, learn)
+LEARN = Stage("learn", 2, learn)
 BASELINE = Stage("baseline", 1, baseline)

@@ -19,8 +19,12 @@ def fit(
     args: dict[str, Any],
     rows: Path,
     selection: str | None = None,
+    own_reference: bool = True,
 ) -> None:
-    """Trains from the model of the input `start`; `selection` names the input with the neurons (None: all)."""
+    """Trains from the model of the input `start`; `selection` names the input with the neurons (None: all).
+
+    `own_reference`: the rows' reference log-probs are those of that model.
+    """
     start = ctx.model("start")
     job = TrainJob(
         base=start.base,
@@ -33,6 +37,7 @@ def fit(
         trainer=ctx.config.trainer,
         out=str(ctx.out),
         seed=ctx.settings["seed"],
+        own_reference=own_reference,
     )
     result = train(job, ctx.progress)
     ctx.startup_seconds = result.startup_seconds

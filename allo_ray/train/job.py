@@ -41,6 +41,7 @@ class TrainJob:
         rows: TRAIN_ROWS table, a Parquet file or a folder of them, in the order of training.
         loss: name in `losses.registry.LOSSES`, with its hyper-parameters in `loss_args`.
         out: folder for the results, reachable from every worker.
+        own_reference: the reference log-probs of the rows are those of the model that training starts from.
     """
 
     base: str
@@ -53,6 +54,7 @@ class TrainJob:
     out: str
     loss_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    own_reference: bool = True
 
 
 @dataclass(frozen=True)

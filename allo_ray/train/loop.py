@@ -37,6 +37,7 @@ class Plan:
         worker, workers: this process and how many there are.
         micro_batch_tokens: see `rows.micro_batches`.
         checkpoint_every: global batches between two calls of `save`; 0: none.
+        own_reference: the reference log-probs are those of the model that training starts from.
     """
 
     loss: str
@@ -47,7 +48,18 @@ class Plan:
     worker: int = 0
     workers: int = 1
     checkpoint_every: int = 0
+    own_reference: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def arguments(self, step: int) -> dict[str, Any]:
+        """Hyper-parameters of the loss at a step.
+
+        At the first one all ratios of Eq. 8 are equal where the reference is the start itself, so nothing is dropped;
+        the rounding of a reference pass with another packing must not choose tokens in their place.
+        """
+        if step == 0 and self.own_reference and "v" in self.loss_args:
+            return self.loss_args | {"v": 0.0}
+        return self.loss_args
 
     @property
     def side(self) -> Side:
@@ -144,7 +156,7 @@ def _step(
             continue
         part = part.to(plan.device)
         policy = updater.forward(part)
-        output = spec.function(_inputs(part, policy), **plan.loss_args)
+        output = spec.function(_inputs(part, policy), **plan.arguments(step))
         if not math.isfinite(output.sum.item()):
             broken += _blame(part, policy, plan.side)
             sums[4] = 1

@@ -68,6 +68,7 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         worker=context.get_world_rank(),
         workers=context.get_world_size(),
         checkpoint_every=job.trainer.checkpoint_every,
+        own_reference=job.own_reference,
         device=device,
     )
     reporter = _Reporter(out, job.base, plan)
