@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,13 @@ class Grid:
     allowed: torch.Tensor
     #: [G, L] int64: position of each cell's token, for sliding windows.
     positions: torch.Tensor
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """[G, 1, L, L] float32, to be added to scores: 0 where allowed, else minus infinity."""
+        return torch.zeros(self.allowed.shape, device=self.allowed.device).masked_fill_(
+            ~self.allowed, -torch.inf
+        )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from allo_ray.errors import UserError
-from allo_ray.train.attention import tree_attention
 from allo_ray.train.batching import pack
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.rows import Row
@@ -130,24 +127,3 @@ def test_tokens_of_weight_zero_get_no_head(tiny_llama: Path, make_rows: Callable
     answers = Policy(load_model(tiny_llama, torch.float32))(nothing)
     assert answers.tolist() == reference.tolist()
     assert answers.requires_grad
-
-
-def test_sliding_window_counts_positions_not_places() -> None:
-    """The first token of the second branch lies 4 places after the prompt's end, yet only one position."""
-    grid = pack([tree([5, 6], [7, 8, 9, 9], [4, 3, 2])], "pair").grid
-    query, key = (torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    value = torch.eye(7)[None, None, :, :].expand(1, 2, 7, 7)
-    seen = (
-        tree_attention(torch.nn.Module(), query, key, value, None, grid=grid, sliding_window=2)[0][0, :, 0]
-        > 0
-    )
-    assert seen[5].int().tolist() == [0, 1, 0, 0, 0, 1, 0]
-
-
-def test_models_whose_attention_cannot_be_built_are_refused() -> None:
-    heads = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(UserError, match="does not pass keyword arguments"):
-        tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None)
-    grid = pack([tree([1, 2], [1, 2], [1, 2])], "pair").grid
-    with pytest.raises(UserError, match="softcap"):
-        tree_attention(torch.nn.Linear(1, 1), heads, heads, heads, None, grid=grid, softcap=30.0)

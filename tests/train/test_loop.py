@@ -49,7 +49,7 @@ def test_first_loss_is_ln_2(folder: Path, make_rows, with_reference, make_update
     R-DPO's length term is switched off (alpha 0).
     """
     rows = with_reference(folder, make_rows(8))
-    args = {"alpha": 0.0} if loss == "rdpo" else {}
+    args: dict[str, Any] = {"alpha": 0.0} if loss == "rdpo" else {}
     progress = run(make_updater(folder, CONFIG), plan_of(loss, steps=1, **args), [rows], Progress())
     tokens = sum(len(row.rejected) for row in rows)
     wanted = math.log(2) * (tokens / 8 if loss == "npo" else 1)

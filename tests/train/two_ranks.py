@@ -25,8 +25,8 @@ from allo_ray.train.zero import ZeroUpdater
 CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
 
 
-def main(rank: int, port: str, model: str, rows_file: str, selection: str, folder: str) -> None:
-    out = Path(folder)
+def main(rank: int, port: str, model: str, rows_file: str, selection: str, target: str) -> None:
+    out = Path(target)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
