@@ -58,7 +58,9 @@ def _diamond(plus: int) -> list[Node]:
     ]
 
 
-def test_results_flow_along_the_graph_and_only_what_changed_runs_again(config: RunConfig, tmp_path: Path) -> None:
+def test_results_flow_along_the_graph_and_only_what_changed_runs_again(
+    config: RunConfig, tmp_path: Path
+) -> None:
     """a = 1, b = 1 + 10, c = 1 + 100, d = b + c = 112; with c's setting 200: d = 11 + 201 = 212."""
     store, lines = Store(str(tmp_path)), Lines()
     done = run(config, _diamond(100), store, lines)

@@ -32,7 +32,9 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         ValueError: an override that the file does not know, or a line without `=`.
     """
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = [
+        line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
     values: dict[str, str] = {}
     for line in [*lines, *overrides]:
         name, equals, value = line.partition("=")
@@ -60,7 +62,9 @@ def render(path: Path, values: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the rendered file; a wrong name is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(description="Fills values into a KubeRay file and prints it for kubectl.")
+    parser = argparse.ArgumentParser(
+        description="Fills values into a KubeRay file and prints it for kubectl."
+    )
     parser.add_argument("file", help="raycluster.yaml, rayjob.yaml or shared.yaml")
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE")
     parser.add_argument("--values", type=Path, default=HERE / "values.env")
