@@ -28,7 +28,11 @@ def write_user_rows(out: str | Path, source: str, columns: ScoreColumns, tokenis
             response = _ids(record, columns.response, tokeniser.plain)
             if not context:
                 raise UserError(f"{record.place}, field '{columns.context}': is empty; a context is needed.")
-            name = tables.content_id(context, response) if columns.id is None else str(_value(record, columns.id))
+            name = (
+                tables.content_id(context, response)
+                if columns.id is None
+                else str(_value(record, columns.id))
+            )
             yield {"id": name, "context_ids": context, "response_ids": response}
 
     return write_stream(SCORE_ROWS, rows(), Path(out))
