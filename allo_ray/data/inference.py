@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
+from ray.exceptions import RayActorError
 
 from allo_ray.config.data import VerifyConfig
 from allo_ray.config.engine import EngineConfig
@@ -168,7 +169,15 @@ def _stream(
         runtime_env={"env_vars": engine_environment(engine)},
     )
     done.context.enable_progress_bars = False
-    yield from done.iter_rows()
+    # An engine that fails to start (a device still held by a dying process, say) gets one more try.
+    done.context.max_consecutive_actor_init_deaths = 1
+    try:
+        yield from done.iter_rows()
+    except RayActorError as error:
+        if "creation task" not in str(error):
+            raise
+        last = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{assignments[0].model}: the {engine.kind} engine does not start: {last}") from None
 
 
 class _Missing:
@@ -284,6 +293,10 @@ def _summary(told: Sequence[dict[str, Any]], started: float) -> dict[str, Any]:
         "startup_seconds": max(0.0, ready - started),
         "engine_seconds": max(one["engine_seconds"] for one in told),
         "actors": len({one["actor"] for one in told}),
+        "cpu_seconds": sum(
+            max(one["cpu_seconds"] for one in told if one["actor"] == actor)
+            for actor in {one["actor"] for one in told}
+        ),
         "peak_private_bytes": max(one["private_bytes"] for one in told),
         "tokens_in_per_second": facts["tokens_in"] / max(seconds, 1e-3),
         "tokens_out_per_second": facts["tokens_out"] / max(seconds, 1e-3),

@@ -52,6 +52,7 @@ class InferenceActor:
         self._model = assignments[0].model
         self._engine: Engine = build_engine(config, self._model)
         self._ready = time.time()
+        self._cpu_before = time.process_time()
         self._turn = threading.Condition()
         self._users = 0
         self._alone = False
@@ -102,6 +103,7 @@ class InferenceActor:
             "ready": self._ready,
             "engine_seconds": self._engine.startup_seconds,
             "actor": os.getpid(),
+            "cpu_seconds": time.process_time() - self._cpu_before,
             "private_bytes": private_bytes(),
             **self._engine.gauges(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,15 @@ def test_other_parameters_are_refused(ray_cluster: None, tiny_qwen: Path, tmp_pa
         sample(prompts(2), str(tiny_qwen), engine(), Sampling(temperature=0, max_tokens=5), 1, out)
     with pytest.raises(UserError, match=r"model: .* there, \"another\" asked for"):
         sample(prompts(2), str(tiny_qwen), engine(), four, 1, out, model_id="another")
+
+
+def test_a_model_without_weights_is_named(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copy(tiny_qwen / "config.json", tmp_path / "model")
+    with pytest.raises(
+        UserError, match=r"model: the transformers engine does not start: .*model\.safetensors"
+    ):
+        sample(prompts(2), str(tmp_path / "model"), engine(), SAMPLING, 1, str(tmp_path / "out"))
 
 
 def test_ids_must_be_unique(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
