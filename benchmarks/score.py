@@ -1,0 +1,114 @@
+"""Scoring: our job with either engine beside bare vLLM and the paper's released way, on the same cores, in turns.
+
+    python -m benchmarks.score --json score.json [--rows 48] [--rounds 3] [--model FOLDER] [--gpu]
+
+Three mixes of lengths: `short` (contexts of 40 to 80 tokens, responses of 8 to 40), `long` (200 to 400, 100 to 300)
+and `mixed` (20 to 400, 5 to 300, log-uniform). Reported: tokens (context + response) a second of steady state, by
+wall clock and by CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from transformers import AutoTokenizer
+
+from allo_ray.config.engine import EngineConfig, EngineResources
+from allo_ray.data.inference import score
+from allo_ray.models import smollm2
+from benchmarks.inference_peers import run_peer
+
+#: Tokens of contexts and of responses: shortest and longest.
+MIXES = {
+    "short": ((40, 80), (8, 40)),
+    "long": ((200, 400), (100, 300)),
+    "mixed": ((20, 400), (5, 300)),
+}
+
+
+def requests(mix: str, count: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
+    """Random tokens: their values do not matter to the time."""
+    draw = np.random.default_rng(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = round(float(np.exp(draw.uniform(np.log(low), np.log(high)))))
+        return draw.integers(10, vocabulary, size=length).tolist()
+
+    contexts, responses = MIXES[mix]
+    return [(ids(*contexts), ids(*responses)) for _ in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--gpu", action="store_true")
+    told = parser.parse_args()
+    gpus = 1 if told.gpu else 0
+    ray.init(num_cpus=(os.cpu_count() or 1) + 4, num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    pool = EngineResources(kv_cache_gib=0.5, threads=1, num_gpus=gpus)
+    figures: dict[str, dict[str, list[dict[str, Any]]]] = {mix: {} for mix in MIXES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = told.model or smollm2(folder / "model")
+        vocabulary = len(AutoTokenizer.from_pretrained(model))
+        for number in range(told.rounds):
+            for mix in MIXES:
+                asked = requests(mix, told.rows, vocabulary)
+                ids = [f"{i:06d}" for i in range(len(asked))]
+                columns = {
+                    "context_ids": [one for one, _ in asked],
+                    "response_ids": [one for _, one in asked],
+                }
+                rows = pa.table({"id": ids} | columns)
+                for kind in ("vllm", "transformers"):
+                    config = EngineConfig(kind=kind, max_model_len=1024, pool=pool)
+                    facts = score(rows, str(model), config, str(folder / f"{mix}-{kind}-{number}"))
+                    figures[mix].setdefault(f"ours_{kind}", []).append(facts | {"tokens": facts["tokens_in"]})
+                config = EngineConfig(max_model_len=1024, pool=pool)
+                peers = {"vllm": "bare-score", "batch_1": "batch-1"}
+                for label, kind in peers.items():
+                    done = run_peer(kind, config, {"model": str(model), "requests": asked})
+                    figures[mix].setdefault(label, []).append(done)
+
+    def speed(mix: str, who: str, seconds: str) -> float:
+        return statistics.median(one["tokens"] / one[seconds] for one in figures[mix][who])
+
+    def ratios(seconds: str) -> dict[str, float]:
+        out = {}
+        for who in ("ours_vllm", "ours_transformers"):
+            for peer in ("vllm", "batch_1"):
+                worst = min(speed(mix, who, seconds) / speed(mix, peer, seconds) for mix in MIXES)
+                out[f"{who}_vs_{peer}"] = worst
+        return out
+
+    out = {
+        "model": "SmolLM2-135M-Instruct bf16, one " + ("GPU" if told.gpu else "thread"),
+        "rows": told.rows,
+        "rounds": told.rounds,
+        "tokens_per_second": {
+            mix: {who: speed(mix, who, "seconds") for who in figures[mix]} for mix in MIXES
+        },
+        "tokens_per_cpu_second": {
+            mix: {who: speed(mix, who, "cpu_seconds") for who in figures[mix]} for mix in MIXES
+        },
+        "ratio": ratios("seconds"),
+        "ratio_cpu_time": ratios("cpu_seconds"),
+    }
+    Path(told.json).write_text(json.dumps(out, indent=1))
+    print(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()
