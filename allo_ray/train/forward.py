@@ -16,16 +16,19 @@ from allo_ray.errors import UserError
 from allo_ray.train.attention import ATTENTION, register
 from allo_ray.train.batching import Packed
 
-#: Logits held at a time, bytes at four a logit: bounds memory whatever the batch.
-HEAD_BYTES = 1 << 27
+#: Bytes of float32 logits made at a time, and of bf16 probabilities kept for the backward pass at most: [U, V] is
+#: never whole in memory however large the micro-batch.
+CHUNK_BYTES, KEPT_BYTES = 1 << 25, 1 << 26
 #: Settings of model configs that change logits after the head, with the value that changes nothing.
 _LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log softmax(h W^T + b)[target] for chunks of states; keeps h and the log-sum-exp, recomputes the logits.
+    """log softmax(h W^T + b)[target], in chunks of states.
 
-    hidden [U, E], weight [V, E], bias [V] or None, targets [U] -> [U] float32. Sums over V are taken in float32.
+    hidden [U, E], weight [V, E], bias [V] or None, targets [U] -> [U] float32. Softmax is float32. The probabilities
+    are kept in the weight's dtype as long as they fit into `KEPT_BYTES`; beyond that the backward pass computes them
+    again.
     """
 
     @staticmethod
@@ -38,37 +41,49 @@ class _HeadLogProbs(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        total = torch.empty_like(out)
+        room = KEPT_BYTES // (weight.shape[0] * weight.element_size())
+        kept: list[torch.Tensor] = []
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = functional.linear(hidden[part], weight, bias).float()
-            torch.logsumexp(logits, dim=-1, out=total[part])
-            out[part] = logits.gather(1, targets[part, None])[:, 0] - total[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, total)
+            logits = functional.linear(hidden[part], weight, bias)
+            best = logits.amax(-1)
+            aimed = logits.gather(1, targets[part, None])[:, 0]
+            probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+            # The largest probability is at least 1 / V, so its logarithm is exact where the target's might be log 0.
+            out[part] = aimed.float() - best.float() + probabilities.amax(-1).log()
+            if (start + chunk) <= room and any(ctx.needs_input_grad):
+                kept.append(probabilities.to(weight.dtype))
+        ctx.save_for_backward(hidden, weight, bias, targets, *kept)
         ctx.chunk = chunk
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, total = ctx.saved_tensors
+        hidden, weight, bias, targets, *kept = ctx.saved_tensors
         upstream = gradients[0]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = grad_bias = None
-        for start in range(0, hidden.shape[0], ctx.chunk):
+        for number, start in enumerate(range(0, hidden.shape[0], ctx.chunk)):
             part = slice(start, start + ctx.chunk)
-            logits = functional.linear(hidden[part], weight, bias).float()
+            if number < len(kept):
+                slope = kept[number] * -upstream[part, None].to(weight.dtype)
+            else:
+                logits = functional.linear(hidden[part], weight, bias)
+                slope = (
+                    torch.softmax(logits, -1, dtype=torch.float32)
+                    .mul_(-upstream[part, None])
+                    .to(weight.dtype)
+                )
             # d log p[target] / d logits = onehot(target) - p
-            slope = torch.exp_(logits.sub_(total[part, None])).neg_()
-            slope.scatter_add_(
-                1, targets[part, None], torch.ones_like(targets[part, None], dtype=slope.dtype)
-            )
-            slope = slope.mul_(upstream[part, None]).to(hidden.dtype)
+            slope.scatter_add_(1, targets[part, None], upstream[part, None].to(slope.dtype))
             if grad_hidden is not None:
                 torch.mm(slope, weight, out=grad_hidden[part])
             if for_weight:
-                share = slope.t() @ hidden[part]
-                grad_weight = share if grad_weight is None else grad_weight.add_(share)
+                if grad_weight is None:
+                    grad_weight = slope.t() @ hidden[part]
+                else:
+                    grad_weight.addmm_(slope.t(), hidden[part])
             if for_bias:
                 share = slope.sum(0)
                 grad_bias = share if grad_bias is None else grad_bias.add_(share)
@@ -84,7 +99,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, chunk: int | None = None) -> None:
         super().__init__()
         self.model = model
-        #: States a head call sees at a time; None derives it from `HEAD_BYTES`.
+        #: States a head call sees at a time; None derives it from `CHUNK_BYTES`.
         self.chunk = chunk
 
     def forward(self, batch: Packed) -> torch.Tensor:
@@ -94,12 +109,14 @@ class Policy(nn.Module):
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, grid=batch.grid
         ).last_hidden_state[0]
         head = model.get_output_embeddings()
-        chunk = self.chunk or max(1, HEAD_BYTES // (4 * head.weight.shape[0]))
+        # One access: where the weight is parametrized, each makes a node of its own in the graph.
+        weight = head.weight
+        chunk = self.chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         hidden = states.index_select(0, batch.states)
         if len(batch.states) == 0:
             # No token of weight: still part of the graph, so that every worker takes the same collective calls.
             return batch.reference + hidden.float().sum() * 0.0
-        answers = _HeadLogProbs.apply(hidden, head.weight, getattr(head, "bias", None), batch.targets, chunk)
+        answers = _HeadLogProbs.apply(hidden, weight, getattr(head, "bias", None), batch.targets, chunk)
         headless = batch.source < 0
         picked = answers.index_select(0, batch.source.clamp(min=0))
         return torch.where(headless, batch.reference, picked)
