@@ -33,9 +33,10 @@ free_port() { "$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127
 launch() {
     local name=$1 log=$dir/$1.log
     shift
+    # A folder of its own: each node unpacks a job's package into it, and throws away what lies there before.
     # Ports of their own: nodes of one machine must share neither Ray's range of worker ports nor the agent's 52365
     # (a head whose agent could not have it answers job submissions with "No available agent").
-    setsid "$bin/ray" start --block --temp-dir "$dir/ray" --min-worker-port 0 --max-worker-port 0 \
+    setsid "$bin/ray" start --block --temp-dir "$dir/$name" --min-worker-port 0 --max-worker-port 0 \
         --dashboard-agent-listen-port "$(free_port)" --object-store-memory "${ALLO_STORE_BYTES:-268435456}" "$@" >"$log" 2>&1 </dev/null &
     "$bin/python" - "$!" "$dir/$name.pid" <<'EOF'
 import sys, psutil
