@@ -124,7 +124,11 @@ def test_many_stages_at_once_from_many_threads(terminal: bool) -> None:
 
 
 def test_a_terminal_shows_bar_rate_and_time_left() -> None:
-    console, clock = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None), Clock()
+    terminal = {"TERM": "xterm-256color"}  # whatever the tests themselves run in
+    console = Console(
+        file=io.StringIO(), width=100, force_terminal=True, color_system=None, _environ=terminal
+    )
+    clock = Clock()
     with Progress(console, clock=clock) as progress:
         stage = progress.stage("learn")
         stage.update(10, 40, "steps", loss=0.7)
