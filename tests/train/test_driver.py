@@ -19,6 +19,7 @@ from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
 from allo_ray.neurons import delta
+from allo_ray.neurons.selection import Selection
 from allo_ray.train.checkpoint import Progress
 from allo_ray.train.driver import train
 from allo_ray.train.job import HEARTBEAT, RUN, TrainJob
@@ -175,10 +176,12 @@ def test_what_the_user_can_mend_is_told_before_workers_start(job: TrainJob, tmp_
         train(replace(job, rows=str(empty)))
 
 
-def test_an_error_in_a_worker_is_told_once(ray_cluster, job: TrainJob, tiny_qwen: Path) -> None:
+def test_an_error_in_a_worker_is_told_once(ray_cluster, job: TrainJob, tmp_path: Path) -> None:
     """A selection of another model: Ray does not try again what cannot succeed."""
+    other = tmp_path / "other.safetensors"
+    Selection.all(["elsewhere.weight"], {"elsewhere.weight": (2, 2)}).save(other)
     with pytest.raises(UserError, match="the selection holds tensor"):
-        train(replace(job, base=str(tiny_qwen)))
+        train(replace(job, selection=str(other)))
 
 
 def test_reference_logprobs_of_pairs(
