@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -154,32 +152,3 @@ def test_a_second_run_does_nothing_but_say_so(smoke: Smoke) -> None:
     assert done.returncode == 0, done.stderr
     assert "Nothing to do" in done.stdout
     assert time.monotonic() - start < 30 or os.getloadavg()[0] > 4
-
-
-def test_a_run_killed_in_the_middle_ends_with_the_same_bits(smoke: Smoke, tmp_path: Path) -> None:
-    """The driver and its cluster are killed by SIGKILL while a stage works; run again, the result is the same.
-
-    Everything up to the token scores is taken from the finished run, so that the test lasts minutes.
-    """
-    store, runs = tmp_path / "store", tmp_path / "runs"
-    late = shutil.ignore_patterns("forget", "learn", "evaluate", "answers", ".work", ".leases")
-    shutil.copytree(smoke.store, store, ignore=late)
-    words = [sys.executable, "-m", "jobs.cli", *_align(store, runs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("wb") as log:
-        first = subprocess.Popen(
-            words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        while not list((store / ".work").glob("forget-*/rows.parquet")):
-            assert first.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        time.sleep(5)
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=900)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    ours, theirs = (load_file(path / "smoke" / "delta.safetensors") for path in (runs, smoke.runs))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    summary = json.loads((runs / "smoke" / "summary.json").read_text())
-    assert summary["models"] == smoke.summary["models"]
