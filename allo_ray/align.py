@@ -54,6 +54,7 @@ def show(run: Run, console: Console) -> None:
         ModelScores(label, suite, told["correct"], told["n"], told["low"], told["high"])
         for label, suites in run.summary["models"].items()
         for suite, told in suites.items()
+        if suite != results.KL
     ]
     closing(
         console, scores, [Comparison(**told) for told in run.summary["comparisons"]], run.summary["paths"]

@@ -15,7 +15,7 @@ from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import fingerprint as data_fingerprint
 from allo_ray.models import source_fingerprint
 from allo_ray.pipeline import Node
-from allo_ray.stages.evaluate import EVALUATE
+from allo_ray.stages.evaluate import EVALUATE, MODEL_ROLE
 from allo_ray.stages.locate import LOCATE
 from allo_ray.stages.model import MODEL
 from allo_ray.stages.pairs import PAIRS, READ_PAIRS
@@ -108,8 +108,10 @@ def graph(config: RunConfig) -> list[Node]:
         trained(f"baseline {name}", BASELINE, baseline, backbone, against, **located)
     asked = [name for name in nodes if name in ("warmup", "forget", "learn") or name.startswith("baseline ")]
     settings = {"evaluate": part(config.evaluate), "engine": engine, "verify": part(config.verify)}
-    labels = {"SFT": backbone, **{label(name): name for name in asked}}
-    add("evaluate", EVALUATE, settings, **labels)
+    evaluated = {"SFT": backbone, **{label(name): name for name in asked}}
+    drawn = {"prompts": "prompts", "samples": "sample"} if config.data.kind == "prompts" else {}
+    models = {f"{MODEL_ROLE}{name}": node for name, node in evaluated.items()}
+    add("evaluate", EVALUATE, settings, **models, **drawn)
     return list(nodes.values())
 
 

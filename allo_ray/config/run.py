@@ -27,6 +27,14 @@ class EvaluateConfig(Section):
     sampling: SamplingConfig = SamplingConfig(temperature=0, top_p=1.0, max_tokens=512)
     #: Needed by suites whose answers a judge compares (AlpacaEval, Arena-Hard).
     judge: JudgeConfig | None = None
+    #: Samples of the SFT model on which every model's KL divergence from it is estimated; 0: not at all.
+    kl_samples: int = Field(default=256, ge=0)
+
+    @model_validator(mode="after")
+    def _titles(self) -> EvaluateConfig:
+        if any(suite.title == "kl" for suite in self.suites):
+            raise ValueError("no suite may be called kl: results tell the KL divergence under that name")
+        return self
 
 
 class ClusterConfig(Section):

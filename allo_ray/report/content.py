@@ -39,6 +39,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """KL(SFT || model) per response in nats, estimated on `n` of the SFT model's samples."""
+
+    mean: float | None
+    standard_error: float | None
+    n: int
+
+
+@dataclass(frozen=True)
 class Negative:
     """A rejected response token by token, with what it was compared with.
 
@@ -83,6 +92,10 @@ class ReportData:
     config: Mapping[str, Any]
     models: Sequence[ModelScores]
     comparisons: Sequence[Comparison]
+    #: Model label -> how far it is from the SFT model.
+    divergences: Mapping[str, Divergence] = field(default_factory=dict)
+    #: How the samples of the divergences were drawn, where that was not from the SFT model's own distribution.
+    drawn: str = ""
     #: Trained stage -> METRICS table.
     curves: Mapping[str, pa.Table] = field(default_factory=dict)
     #: "k1" (forget) and "k2" (learn) -> tensor name -> (selected neurons, all neurons).

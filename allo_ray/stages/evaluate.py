@@ -1,10 +1,15 @@
-"""Asks every model the questions of all suites and scores the answers; one pool of engines serves all models."""
+"""Asks every model the questions of all suites and scores the answers, and measures how far it is from the SFT model.
+
+One pool of engines serves all models.
+"""
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ from allo_ray.config.engine import JudgeConfig, SamplingConfig
 from allo_ray.config.jobs import EvalJob
 from allo_ray.data.inference import Job
 from allo_ray.data.inference import run as answer
-from allo_ray.data.inference_work import SampleWork
+from allo_ray.data.inference_work import SCORES, SampleWork, ScoreWork, Work
 from allo_ray.data.templates import render
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.data.verify import Verifier
@@ -25,45 +30,74 @@ from allo_ray.errors import UserError
 from allo_ray.models import ModelRef, fingerprint
 from allo_ray.neurons.export import export
 from allo_ray.stages.base import Context, Progress, Stage, artifact_model
+from allo_ray.stages.divergence import divergence, rows_to_score
 from allo_ray.stages.judged import judge_answers
-from allo_ray.store import local_path
+from allo_ray.store import Artifact, local_path
 from evals.suites.registry import load_suite
 
 
-def run(ctx: Context) -> None:
-    """Writes evals/<label>.parquet for each input. Answers of one model are an artifact of their own (`answers`).
+@dataclass(frozen=True)
+class _Task:
+    """What every model is asked. The answers of one model are an artifact of their own, named `stage`.
 
-    So a run that changes one model asks only that one again.
+    `told`: all that decides them, apart from the model.
+    """
+
+    stage: str
+    rows: pa.Table
+    work: Work
+    told: dict[str, Any]
+
+
+def run(ctx: Context) -> None:
+    """Writes evals/<label>.parquet for each input `model <label>`, and the KL divergence from the first to the facts.
+
+    Answers and log-probs of one model are artifacts of their own: a run that changes one model asks only that one
+    again. The divergence needs the inputs `prompts` and `samples` (see `allo_ray.stages.divergence`).
     """
     settings = ctx.settings["evaluate"]
     suites = [SuiteConfig(**suite) for suite in settings["suites"]]
-    models = {label: artifact_model(artifact, ctx.store) for label, artifact in ctx.inputs.items()}
+    inputs = {
+        role.removeprefix(MODEL_ROLE): item
+        for role, item in ctx.inputs.items()
+        if role.startswith(MODEL_ROLE)
+    }
+    models = {label: artifact_model(artifact, ctx.store) for label, artifact in inputs.items()}
     tokeniser = Tokeniser(str(local_path(next(iter(models.values())).base)))
     asked = {suite.title: questions(suite, ctx.config.data.template, tokeniser) for suite in suites}
-    prompts = tables.PROMPTS.build([row for rows in asked.values() for row in rows])
-    sampling = SamplingConfig(**settings["sampling"])
-    told = {
-        "questions": sorted(prompts["id"].to_pylist()),
-        "sampling": settings["sampling"],
-        **ctx.settings["engine"],
+    tasks = [_answering([row for rows in asked.values() for row in rows], settings["sampling"])]
+    scored_rows = None
+    if "samples" in ctx.inputs and settings["kl_samples"]:
+        samples = ctx.file("samples", "samples")
+        scored_rows = rows_to_score(ctx.file("prompts", "prompts.parquet"), samples, settings["kl_samples"])
+        told = {"samples": ctx.inputs["samples"].key, "count": settings["kl_samples"]}
+        tasks.append(_Task(LOGPROBS, scored_rows, ScoreWork(logprobs=True), told))
+    keys = {
+        (label, task.stage): ctx.store.key(
+            task.stage, 1, {**task.told, **ctx.settings["engine"]}, {"model": item.key}
+        )
+        for label, item in inputs.items()
+        for task in tasks
     }
-    keys = {label: ctx.store.key(ANSWERS, 1, told, {"model": item.key}) for label, item in ctx.inputs.items()}
     with ExitStack() as leases:
-        for key in sorted(set(keys.values())):
-            leases.enter_context(ctx.store.lease(ANSWERS, key))
-        missing = {label: key for label, key in keys.items() if ctx.store.find(ANSWERS, key) is None}
-        if missing and len(prompts):
-            _answer(ctx, {label: (missing[label], models[label]) for label in missing}, prompts, sampling)
+        for stage, key in sorted({(stage, key) for (_, stage), key in keys.items()}):
+            leases.enter_context(ctx.store.lease(stage, key))
+        _ask(ctx, models, tasks, keys)
+    found = {place: ctx.store.find(place[1], key) for place, key in keys.items()}
     ctx.facts["models"] = list(models)
     ctx.facts["counts"] = {title: len(rows) for title, rows in asked.items()}
+    if scored_rows is not None:
+        ctx.facts["kl"] = _divergences({label: found[label, LOGPROBS] for label in models}, scored_rows)
     verify = VerifyConfig(**ctx.settings["verify"])
     answers: dict[str, list[dict[str, Any]]] = {}
-    for label, key in keys.items():
-        found = ctx.store.find(ANSWERS, key)
-        samples = (
-            tables.SAMPLES.read(local_path(found.file("samples"))) if found else tables.SAMPLES.build([])
+    for label in models:
+        there = found[label, ANSWERS]
+        table = (
+            tables.SAMPLES.read(local_path(there.file(tables.SAMPLES.name)))
+            if there
+            else tables.SAMPLES.build([])
         )
-        given = dict(zip(samples["prompt_id"].to_pylist(), samples["text"].to_pylist(), strict=True))
+        given = dict(zip(table["prompt_id"].to_pylist(), table["text"].to_pylist(), strict=True))
         answers[label] = [row for suite in suites for row in scored(suite, asked[suite.title], given, verify)]
     ctx.facts["judged"] = sorted(judged := judged_suites(suites, ctx.config.evaluate.judge))
     if judged:
@@ -167,23 +201,49 @@ def scored(
     return out
 
 
-def _answer(
-    ctx: Context, missing: dict[str, tuple[str, ModelRef]], prompts: pa.Table, sampling: SamplingConfig
+def _answering(rows: list[dict[str, Any]], sampling: dict[str, Any]) -> _Task:
+    config = SamplingConfig(**sampling)
+    work = SampleWork(Sampling(config.temperature, config.top_p, config.max_tokens, config.stop), 1, 0)
+    told = {"questions": sorted(row["id"] for row in rows), "sampling": sampling}
+    return _Task(ANSWERS, tables.PROMPTS.build(rows), work, told)
+
+
+def _ask(
+    ctx: Context, models: dict[str, ModelRef], tasks: list[_Task], keys: dict[tuple[str, str], str]
 ) -> None:
-    """Answers all questions with the models that have no answers yet, and publishes them."""
-    work = SampleWork(
-        Sampling(sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop), 1, 0
-    )
-    jobs = []
+    """Does what the store does not hold yet, all of it on one pool of engines, and publishes it."""
+    jobs: dict[tuple[str, str], Job] = {}
     exports = ctx.out / "models"
-    for label, (key, model) in missing.items():
-        folder = ctx.store.work_folder(ANSWERS, key)
-        jobs.append(Job(prompts, _folder(model, exports / label), work, str(folder / "samples"), key))
-    facts = answer(jobs, ctx.config.engine, ctx.progress)
-    for told, (key, _) in zip(facts, missing.values(), strict=True):
-        ctx.store.publish(ANSWERS, key, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
+    for label, model in models.items():  # model by model: weights are swapped once for each
+        missing = [
+            task
+            for task in tasks
+            if len(task.rows) and ctx.store.find(task.stage, keys[label, task.stage]) is None
+        ]
+        folder = _folder(model, exports / label) if missing else ""
+        for task in missing:
+            key = keys[label, task.stage]
+            out = str(ctx.store.work_folder(task.stage, key) / task.work.table.name)
+            jobs[task.stage, key] = Job(task.rows, folder, task.work, out, key)
+    if not jobs:
+        return
+    facts = answer(list(jobs.values()), ctx.config.engine, ctx.progress)
+    for told, (stage, key) in zip(facts, jobs, strict=True):
+        ctx.store.publish(stage, key, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
     ctx.startup_seconds = max(told["startup_seconds"] for told in facts)
     shutil.rmtree(exports, ignore_errors=True)
+
+
+def _divergences(found: dict[str, Artifact | None], rows: pa.Table) -> dict[str, dict[str, float | None]]:
+    """Label -> KL(first model || this one) from the published log-probs of `rows`."""
+    prompt_of = dict(zip(rows["id"].to_pylist(), rows["prompt_id"].to_pylist(), strict=True))
+    totals: dict[str, dict[str, float]] = {}
+    for label, artifact in found.items():
+        table = SCORES.read(local_path(artifact.file(SCORES.name))) if artifact else SCORES.build([])
+        pairs = zip(table["id"].to_pylist(), table["logprobs"].to_pylist(), strict=True)
+        totals[label] = {name: math.fsum(logprobs) for name, logprobs in pairs}
+    start = next(iter(totals.values()))
+    return {label: divergence(start, total, prompt_of) for label, total in totals.items()}
 
 
 def _folder(model: ModelRef, scratch: Path) -> str:
@@ -194,6 +254,8 @@ def _folder(model: ModelRef, scratch: Path) -> str:
     return str(scratch)
 
 
-#: Artifacts of one model's answers.
-ANSWERS = "answers"
-EVALUATE = Stage("evaluate", 1, run)
+#: Roles of the inputs that are models: this and the model's label.
+MODEL_ROLE = "model "
+#: Artifacts of one model's answers, and of its log-probs of the SFT model's samples.
+ANSWERS, LOGPROBS = "answers", "sample_logprobs"
+EVALUATE = Stage("evaluate", 2, run)

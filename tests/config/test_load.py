@@ -55,6 +55,7 @@ def test_overrides_reach_nested_keys_and_read_exponents_without_a_dot() -> None:
         ("locate.order=band", "locate.band"),
         ("learn", "--set learn.k=0.1"),
         ("data.template=hello", "{prompt}"),
+        ("evaluate.suites=[{name: transfer, label: kl}]", "no suite may be called kl"),
     ],
 )
 def test_a_wrong_value_is_named(override: str, named: str) -> None:

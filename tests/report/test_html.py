@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from allo_ray.report.content import Comparison, ModelScores, Negative, ReportData
+from allo_ray.report.content import Comparison, Divergence, ModelScores, Negative, ReportData
 from allo_ray.report.html import finding, model_styles, render, verdict
 from allo_ray.report.wording import NBSP
 
@@ -74,6 +74,19 @@ def test_the_numbers_shown_are_the_numbers_given(build_run: Build) -> None:
     # 790.9 s without the stage that came from the store.
     assert "ran 13 min 11 s" in text
     assert "from the store" in text
+
+
+def test_the_distance_from_the_start_model_stands_beside_the_accuracies(build_run: Build) -> None:
+    found = {
+        "SFT": Divergence(0.0, 0.0, 256),
+        "ALLO": Divergence(0.12345, 0.0067, 250),
+        "DPO": Divergence(0.5, None, 1),
+    }
+    text = Page(render(build_run(divergences=found, drawn="temperature 0.7 and top_p 0.95"))).text
+    assert "0.1235± 0.0067 · n 250" in text
+    assert "0.5± – · n 1" in text
+    assert "drawn at temperature 0.7 and top_p 0.95" in text
+    assert "KL" not in Page(render(build_run())).text
 
 
 def test_start_up_share_counts_only_what_ran(build_run: Build) -> None:
