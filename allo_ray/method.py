@@ -46,16 +46,20 @@ def graph(config: RunConfig) -> list[Node]:
     def source(data: DataConfig) -> dict[str, Any]:
         return {**semantic(data), "content": data_fingerprint(data)}
 
+    def prompts(data: DataConfig) -> dict[str, Any]:
+        # How long a pair may be says nothing of a prompt: another max_tokens draws no sample again.
+        told = {key: value for key, value in source(data).items() if key != "max_tokens"}
+        return {"data": told, "verify": part(config.verify)}
+
     seed, engine = config.seed, part(config.engine)
     model = {**part(config.model), "content": source_fingerprint(config.model)}
     backbone = add("model", MODEL, {"model": model})
     if config.data.kind == "prompts":
-        add("prompts", PROMPTS, {"data": source(config.data), "verify": part(config.verify)}, model="model")
+        add("prompts", PROMPTS, prompts(config.data), model="model")
     if config.sft is not None:
         rows = "prompts"
         if config.sft.data is not None:
-            settings = {"data": source(config.sft.data), "verify": part(config.verify)}
-            rows = add("sft prompts", PROMPTS, settings, model="model")
+            rows = add("sft prompts", PROMPTS, prompts(config.sft.data), model="model")
         limit = (config.sft.data or config.data).max_tokens
         settings = {"train": part(config.sft, "data"), "seed": seed, "max_tokens": limit}
         backbone = add("sft", SFT, settings, start="model", prompts=rows)

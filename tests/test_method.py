@@ -40,6 +40,13 @@ def test_a_setting_re_runs_what_depends_on_it(override: str, expected: set[str],
     assert _changed(Store(str(tmp_path)), override) == expected
 
 
+@pytest.mark.parametrize("override", ["data.max_tokens=99", "pair.max_dropped=0.5"])
+def test_the_remedies_for_long_pairs_draw_no_sample_again(override: str, tmp_path: Path) -> None:
+    changed = _changed(Store(str(tmp_path)), override)
+    assert "pairs" in changed
+    assert not changed & {"prompts", "sample", "sft"}
+
+
 def test_algorithm_1_in_order(tmp_path: Path) -> None:
     names = list(_keys(Store(str(tmp_path))))
     order = ["sft", "sample", "pairs", "reference", "warmup", "forget", "learn", "evaluate"]

@@ -90,3 +90,5 @@ class PairConfig(Section):
     #: "random", or "hardest": the pairs that share the longest beginning first.
     choose: Literal["random", "hardest"] = "random"
     limit: int | None = Field(default=None, ge=1)
+    #: The run stops when more than this share of the sampled pairs is longer than data.max_tokens.
+    max_dropped: Fraction = 0.05

@@ -1,6 +1,6 @@
 """From verified samples to preference pairs: right x wrong, or a human response x a wrong or unverified one.
 
-Every rule says in the returned facts how many rows it removed.
+Every rule says in the returned facts how many rows it removed; pairs that are too long are listed in DROPS as well.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from allo_ray import tables
 from allo_ray.config.data import DataConfig, PairConfig
 from allo_ray.data.lookup import BATCH_ROWS, Lookup, stream, write_stream
+from allo_ray.data.prepare import excerpt
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.errors import UserError
 
@@ -24,19 +27,21 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """One candidate response."""
+    """One candidate response; `index` is that of the sample, None for a human's."""
 
     text: str
     ids: tuple[int, ...]
     source: str
+    index: int | None = None
 
 
 class Pairing:
-    """The rules, and the count of what each did."""
+    """The rules, and the count of what each did. `drops` holds the pairs that were too long, as rows of DROPS."""
 
     def __init__(self, config: PairConfig, data: DataConfig, seed: int, tokeniser: Tokeniser) -> None:
         self.config, self.data, self.seed, self.tokeniser = config, data, seed, tokeniser
         self.facts: Counter[str] = Counter()
+        self.drops: list[dict[str, Any]] = []
 
     def pairs(self, prompt: Row, samples: list[Row]) -> list[dict[str, Any]]:
         """The pairs of one prompt (PAIRS rows), at most `per_prompt`, the best ones by `choose` first.
@@ -60,10 +65,12 @@ class Pairing:
         chosen = self._choose(prompt["id"], [(good, bad) for good in right for bad in wrong])
         rows = []
         for good, bad in chosen:
-            if len(prompt["prompt_ids"]) + max(len(good.ids), len(bad.ids)) > self.data.max_tokens:
+            length = len(prompt["prompt_ids"]) + max(len(good.ids), len(bad.ids))
+            if length > self.data.max_tokens:
                 facts["pairs_over_long"] += 1
-                continue
-            rows.append(_row(prompt, good, bad))
+                self.drops.append(self._drop(prompt["id"], good, bad, length))
+            else:
+                rows.append(_row(prompt, good, bad))
         facts["pairs"] += len(rows)
         return rows
 
@@ -86,8 +93,19 @@ class Pairing:
                 self.facts["near_duplicates"] += 1
             else:
                 seen.add(bare)
-                (right if verdict else wrong).append(Side(text, tuple(sample["response_ids"]), "sample"))
+                side = Side(text, tuple(sample["response_ids"]), "sample", sample["index"])
+                (right if verdict else wrong).append(side)
         return right, wrong
+
+    def _drop(self, prompt_id: str, good: Side, bad: Side, length: int) -> dict[str, Any]:
+        field, side = ("chosen", good) if len(good.ids) >= len(bad.ids) else ("rejected", bad)
+        return {
+            "source": f"prompt {prompt_id}",
+            "row": side.index,
+            "field": field,
+            "reason": f"{length} tokens with the prompt; data.max_tokens is {self.data.max_tokens}",
+            "excerpt": excerpt(side.text),
+        }
 
     def _choose(self, prompt_id: str, product: list[tuple[Side, Side]]) -> list[tuple[Side, Side]]:
         random.Random(f"pairs/{self.seed}/{prompt_id}").shuffle(product)
@@ -104,6 +122,7 @@ def build_pairs(
     prompts: str | Path,
     samples: str | Path,
     out: str | Path,
+    drops: str | Path,
     *,
     config: PairConfig,
     data: DataConfig,
@@ -112,11 +131,12 @@ def build_pairs(
 ) -> dict[str, int]:
     """Writes PAIRS to the file `out` from the tables PROMPTS and SAMPLES and returns the count of every rule.
 
-    The samples of one prompt stand together in their table. Memory holds
-    the prompts' ids and a batch of samples.
+    Pairs longer than `data.max_tokens` are listed in the file `drops` (DROPS): `source` names the prompt, `row` the
+    index of the longer sample. The samples of one prompt stand together in their table. Memory holds the prompts' ids
+    and a batch of samples.
 
     Raises:
-        UserError: no pair is left; says which rule took most.
+        UserError: no pair is left, and which rule took most; or more than `config.max_dropped` of them are too long.
     """
     out = Path(out)
     with Lookup(tables.PROMPTS, prompts, out.parent) as known:
@@ -124,14 +144,16 @@ def build_pairs(
         if config.limit:
             cut = _cut(known, samples, Pairing(config, data, seed, tokeniser), config.limit)
         pairing = Pairing(config, data, seed, tokeniser)
-        rows = (
-            row
-            for group in _groups(known, samples, pairing)
-            for rank, row in enumerate(group)
-            if cut is None or _place(seed, rank, row) <= cut
-        )
-        kept = write_stream(tables.PAIRS, rows, out)
+        with pq.ParquetWriter(drops, tables.DROPS.schema, compression="zstd") as listed:
+            rows = (
+                row
+                for group in _groups(known, samples, pairing, listed)
+                for rank, row in enumerate(group)
+                if cut is None or _place(seed, rank, row) <= cut
+            )
+            kept = write_stream(tables.PAIRS, rows, out)
     facts = dict(pairing.facts)
+    _stop_if_too_long(facts.get("pairs_over_long", 0), facts["pairs"], config, data, drops)
     facts["pairs_over_limit"] = facts["pairs"] - kept
     facts["pairs"] = kept
     if kept == 0:
@@ -142,12 +164,31 @@ def build_pairs(
     return facts
 
 
-def _groups(known: Lookup, samples: str | Path, pairing: Pairing) -> Iterator[list[dict[str, Any]]]:
-    """Yields each prompt's pairs, in the order in which the samples stand."""
+def _groups(
+    known: Lookup, samples: str | Path, pairing: Pairing, listed: pq.ParquetWriter | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields each prompt's pairs, in the order in which the samples stand; hands the drops on to `listed`."""
     for chunk in _chunks(samples):
         rows = known.find([group[0]["prompt_id"] for group in chunk])
         for prompt, group in zip(known.take(rows), chunk, strict=True):
             yield pairing.pairs(prompt, group)
+        if listed is not None and pairing.drops:
+            listed.write_table(tables.DROPS.build(pairing.drops))
+        pairing.drops.clear()
+
+
+def _stop_if_too_long(
+    dropped: int, kept: int, config: PairConfig, data: DataConfig, drops: str | Path
+) -> None:
+    if dropped <= config.max_dropped * (dropped + kept):
+        return
+    first = tables.DROPS.read(drops).slice(0, 1).to_pylist()[0]
+    raise UserError(
+        f"{dropped} of {dropped + kept} sampled pairs are longer than data.max_tokens = {data.max_tokens}, more than "
+        f"pair.max_dropped = {config.max_dropped:g} allows. The first: {first['source']}, field '{first['field']}': "
+        f"{first['reason']}. All are listed in {drops}. Raise data.max_tokens or pair.max_dropped (no sample is drawn "
+        "again for either), or lower sample.max_tokens."
+    )
 
 
 def _chunks(samples: str | Path) -> Iterator[list[list[Row]]]:

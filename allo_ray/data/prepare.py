@@ -31,6 +31,11 @@ from allo_ray.records import Piece
 EXCERPT_CHARACTERS = 80
 #: A source of no more pieces than this (some 30,000 rows) is done before Ray workers have loaded their tokenizers.
 PIECES_IN_PLACE = 16
+#: Counts that say what was removed.
+DROPPED_ROWS = {
+    "broke_a_rule": "rows too long, or with special tokens only",
+    "duplicates": "rows that stand further up too",
+}
 #: What travels beside a row: where it came from and, if a rule removed it, which one.
 _BESIDE = tables.DROPS.schema
 
@@ -109,7 +114,7 @@ class _Work:
                 field, beside["_reason"] = row
                 beside["_field"] = field
                 told = one.question if field == "prompt" else getattr(one, field)
-                beside["_excerpt"] = " ".join(told[:EXCERPT_CHARACTERS].split())
+                beside["_excerpt"] = excerpt(told)
                 row = dict.fromkeys(self.table.schema.names)
             rows.append(row | beside)
         return pa.Table.from_pylist(rows, schema=self.schema)
@@ -221,6 +226,11 @@ def _blocks(work: _Work) -> Iterator[pa.Table]:
     rows.context.execution_options.preserve_order = True
     rows.context.enable_progress_bars = False
     yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[misc]
+
+
+def excerpt(text: str) -> str:
+    """How a dropped row begins, in one line."""
+    return " ".join(text[:EXCERPT_CHARACTERS].split())
 
 
 def _drops(block: pa.Table) -> list[dict[str, Any]]:

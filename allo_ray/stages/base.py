@@ -51,6 +51,10 @@ class Context:
             "deltas": [self._relative(path) for path in deltas],
         }
 
+    def dropped(self, counts: Mapping[str, int], reasons: Mapping[str, str]) -> None:
+        """Notes how many rows each rule removed, for summary and report. reasons: name in `counts` -> what to say."""
+        self.facts["drops"] = {text: counts[name] for name, text in reasons.items() if counts.get(name)}
+
     def published(self, stage: Stage, name: str) -> str:
         """The path a file of this stage's work folder will have once it is published."""
         return f"{self.store.root}/{stage.name}/{self.key}/{name}"

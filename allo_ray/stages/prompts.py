@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from allo_ray.config.data import DataConfig, VerifyConfig
-from allo_ray.data.prepare import prepare_prompts
+from allo_ray.data.prepare import DROPPED_ROWS, prepare_prompts
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.stages.base import Context, Stage, data_settings
 from allo_ray.store import local_path
@@ -19,6 +19,7 @@ def run(ctx: Context) -> None:
         verify=VerifyConfig(**ctx.settings["verify"]),
     )
     ctx.facts["counts"] = counts
+    ctx.dropped(counts, DROPPED_ROWS)
 
 
 PROMPTS = Stage("prompts", 1, run)

@@ -138,6 +138,54 @@ def test_over_long_pairs_are_counted(tokeniser: Tokeniser) -> None:
     assert rules.facts["pairs_over_long"] == 1
 
 
+@pytest.mark.parametrize(("limit", "allowed"), [(0.5, True), (0.49, False)])
+def test_over_long_pairs_are_listed_and_too_many_stop_the_run(
+    tmp_path: Path, tokeniser: Tokeniser, limit: float, allowed: bool
+) -> None:
+    """Two prompts, each with one wrong sample; that of the second is too long, so half of the pairs are."""
+    tables.PROMPTS.write([prompt("a"), prompt("b")], tmp_path / "prompts.parquet")
+    rows = [
+        row
+        for name, wrong in (("a", "3"), ("b", "3 " * 9))
+        for row in samples(tokeniser, [("2", True), (wrong, False)], name)
+    ]
+    tables.SAMPLES.write(rows, tmp_path / "samples" / "0.parquet")
+    longest = len(rows[3]["response_ids"]) + 3
+
+    def build() -> dict[str, int]:
+        return build_pairs(
+            tmp_path / "prompts.parquet",
+            tmp_path / "samples",
+            tmp_path / "pairs.parquet",
+            tmp_path / "drops.parquet",
+            config=PairConfig(max_dropped=limit),
+            data=DataConfig(path="x", max_tokens=longest - 1),
+            seed=1,
+            tokeniser=tokeniser,
+        )
+
+    if allowed:
+        facts = build()
+        assert (facts["pairs"], facts["pairs_over_long"]) == (1, 1)
+        assert [row["prompt_id"] for row in tables.PAIRS.read(tmp_path / "pairs.parquet").to_pylist()] == [
+            "a"
+        ]
+    else:
+        with pytest.raises(
+            UserError, match=r"1 of 2 sampled pairs .* pair.max_dropped = 0.49 .* prompt b, field"
+        ):
+            build()
+    assert tables.DROPS.read(tmp_path / "drops.parquet").to_pylist() == [
+        {
+            "source": "prompt b",
+            "row": 1,
+            "field": "rejected",
+            "reason": f"{longest} tokens with the prompt; data.max_tokens is {longest - 1}",
+            "excerpt": "3 3 3 3 3 3 3 3 3",
+        }
+    ]
+
+
 def test_common_prefix() -> None:
     assert common_prefix((1, 2, 3), (1, 2, 4)) == 2
     assert common_prefix((1, 2), (1, 2, 4)) == 2
@@ -161,6 +209,7 @@ def _built(tmp_path: Path, tokeniser: Tokeniser, cut: list[slice], **config: Any
         tmp_path / "prompts.parquet",
         folder,
         out,
+        tmp_path / "drops.parquet",
         config=PairConfig(**config),
         data=DataConfig(path="x"),
         seed=1,
@@ -195,6 +244,7 @@ def test_no_pair_at_all_is_the_users_error(tmp_path: Path, tokeniser: Tokeniser)
             tmp_path / "prompts.parquet",
             tmp_path / "samples",
             tmp_path / "pairs.parquet",
+            tmp_path / "drops.parquet",
             config=PairConfig(),
             data=DataConfig(path="x"),
             seed=1,
