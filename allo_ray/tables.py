@@ -180,3 +180,8 @@ METRICS = _table(
 )
 #: A row that a rule removed, and why.
 DROPS = _table("drops", source=_TEXT, row=_LONG, field=_TEXT, reason=_TEXT, excerpt=_TEXT)
+
+
+def trials(columns: Mapping[str, pa.DataType]) -> Table:
+    """A campaign's trials: what all campaigns have, and a column for each parameter and metric of this one."""
+    return _table("trials", number=_INT, state=_TEXT, broke=_FLAG, seconds=_REAL, error=_TEXT, **columns)

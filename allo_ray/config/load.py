@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,14 +43,22 @@ def load_as(kind: type[Config], source: str | Path, overrides: Sequence[str] = (
         if not equals or not key:
             raise UserError(f"--set {override}: write it as section.key=value, for example --set learn.k=0.1")
         values = _merge(values, _nest(key.split("."), _scalar(text, override)))
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [f"  {_place(item['loc'])}: {_reason(item)}" for item in error.errors()]
-        raise UserError(f"{source}: the config has {len(lines)} error(s)\n" + "\n".join(lines)) from None
+    return _validated(kind, values, str(source))
 
 
-def dump(config: RunConfig) -> str:
+def change(config: RunConfig, values: Mapping[str, Any], source: str) -> RunConfig:
+    """A copy with other values; keys are fields by their dotted names, or sections. `source` is named in errors.
+
+    Raises:
+        UserError: a field is unknown, or a value is outside its bounds.
+    """
+    told = json.loads(config.model_dump_json())
+    for key, value in values.items():
+        told = _merge(told, _nest(key.split("."), value))
+    return _validated(RunConfig, told, source)
+
+
+def dump(config: Section) -> str:
     """The resolved config as YAML, every default spelled out; `load` reads it back unchanged."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
@@ -87,6 +95,14 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _validated(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_place(item['loc'])}: {_reason(item)}" for item in error.errors()]
+        raise UserError(f"{source}: the config has {len(lines)} error(s)\n" + "\n".join(lines)) from None
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:

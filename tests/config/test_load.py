@@ -11,7 +11,7 @@ from allo_ray.config.load import PRESETS, dump, load, presets
 from allo_ray.errors import UserError
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("campaign")])
 def test_every_preset_parses_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     config = load(name)
     copy = tmp_path / "copy.yaml"
@@ -96,4 +96,5 @@ def test_resources_decide_no_key() -> None:
 
 def test_preset_files_say_how_to_run_them() -> None:
     for path in PRESETS.glob("*.yaml"):
-        assert "allo align" in path.read_text(encoding="utf-8"), f"{path.name}: no command in its header"
+        job = "allo tune" if path.stem.startswith("campaign") else "allo align"
+        assert job in path.read_text(encoding="utf-8"), f"{path.name}: no command in its header"

@@ -1,0 +1,131 @@
+"""How many trials a cluster has room for. A trial runs one stage at a time, so what its largest stage takes is enough.
+
+Trials reserve nothing for their stages: each stage asks Ray for its own trainers, engines and Data tasks, and gives
+them back. Bounding the number of trials keeps that from coming to a stop: were all resources held by trainers that
+wait for rows, the Data tasks that read these could never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from allo_ray import estimate
+from allo_ray.config.run import RunConfig
+from allo_ray.errors import UserError
+from allo_ray.models import neurons_of
+
+Bundle = Mapping[str, float]
+
+#: What the process of a trial itself takes: interpreter, torch, Ray; measured 0.6 to 0.9 GiB.
+TRIAL: Bundle = {"memory": float(1 << 30)}
+#: The task that reads rows for a stage.
+READER: Bundle = {"CPU": 1.0}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one kind of stage takes at once, and the settings that say so."""
+
+    settings: str
+    bundles: tuple[Bundle, ...]
+
+    @property
+    def words(self) -> str:
+        """Such as "3 CPUs and 2 GPUs"."""
+        return _words({name: sum(one.get(name, 0) for one in self.bundles) for name in ("CPU", "GPU")})
+
+
+def needs(config: RunConfig) -> list[Need]:
+    """What training takes, and what sampling and evaluation take."""
+    trainer, pool = config.trainer, config.engine.pool
+    workers, actors = (_fewest(trainer.workers), _fewest(pool.actors))
+    worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)}
+    actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)}
+    return [
+        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, TRIAL)),
+        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, TRIAL)),
+    ]
+
+
+def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
+    """How many trials fit side by side on nodes with these resources, whatever stage each of them is at.
+
+    Raises:
+        UserError: not even one does; says what it needs and what there is.
+    """
+    fits = {need: _copies(need.bundles, nodes) for need in needed}
+    for need, count in fits.items():
+        if count == 0:
+            there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+            largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
+            raise UserError(
+                f"one trial needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
+                f"{_words(there)} on {len(nodes)} node(s), the largest with {_words(largest)}. Lower "
+                f"{need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
+                "cluster.num_cpus)."
+            )
+    return min(fits.values())
+
+
+def cluster_nodes() -> list[Bundle]:
+    """Resources of the nodes of the cluster; where it grows by itself, one that stands for all it may have."""
+    import ray
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config()
+    if most:
+        return [{name: float(amount) for name, amount in most.items()}]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def concurrency(config: RunConfig, asked: int | None, nodes: Sequence[Bundle], local: bool) -> int:
+    """Trials at a time: as many as there is room for, and at most `asked`.
+
+    On one machine of the user's own, where logical CPUs are more than real ones, the default is one trial for each
+    real CPU that a stage takes, and as many as fit the memory.
+
+    Raises:
+        UserError: the cluster is too small for one.
+    """
+    needed = needs(config)
+    most = room(needed, nodes)
+    if asked is not None:
+        return min(asked, most)
+    if local:
+        busy = max(sum(bundle.get("CPU", 0) for bundle in need.bundles) - READER["CPU"] for need in needed)
+        most = min(most, int((os.cpu_count() or 1) / busy))
+        told = estimate.estimate(config, neurons_of(config.model))
+        largest = max(*told.training.values(), told.engine) + int(TRIAL["memory"])
+        most = min(most, psutil.virtual_memory().available // largest)
+    return max(1, most)
+
+
+def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
+    """How often all bundles fit, each on one node; the largest are placed first, on the fullest node that has room."""
+    free = [dict(node) for node in nodes]
+    order = sorted(bundles, key=lambda one: (-one.get("GPU", 0), -one.get("CPU", 0)))
+    copies = 0
+    while True:
+        for bundle in order:
+            wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+            fitting = [
+                node for node in free if all(node.get(name, 0) >= amount for name, amount in wanted.items())
+            ]
+            if not fitting:
+                return copies
+            node = min(fitting, key=lambda one: (one.get("GPU", 0), one.get("CPU", 0)))
+            for name, amount in wanted.items():
+                node[name] -= amount
+        copies += 1
+
+
+def _fewest(count: int | tuple[int, int]) -> int:
+    return count if isinstance(count, int) else count[0]
+
+
+def _words(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amounts.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
