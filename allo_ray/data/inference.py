@@ -160,7 +160,8 @@ def _stream(
         compute=ray.data.ActorPoolStrategy(
             min_size=fewest,
             max_size=most,
-            max_tasks_in_flight_per_actor=pool.batches_in_flight + 1,
+            # Twice what runs: a pool whose actors cannot be this full never grows (Ray's threshold is 1.75).
+            max_tasks_in_flight_per_actor=2 * pool.batches_in_flight,
             max_concurrent_calls_per_actor=pool.batches_in_flight,
             enable_true_multi_threading=True,
         ),

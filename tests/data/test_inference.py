@@ -169,6 +169,29 @@ def test_a_poison_row_is_given_up_and_the_rest_goes_on(
     assert done == [f"p{i:03d}" for i in range(12) if i != 2]
 
 
+@dataclass(frozen=True)
+class Patient(SampleWork):
+    """Its batches wait until a second process works on the job too (at most a minute)."""
+
+    marks: str = ""
+
+    def answer(self, engine: Engine, rows: Any) -> Answers:
+        (Path(self.marks) / str(os.getpid())).touch()
+        patience = time.monotonic() + 60
+        while len(list(Path(self.marks).iterdir())) < 2 and time.monotonic() < patience:
+            time.sleep(0.1)
+        return super().answer(engine, rows)
+
+
+def test_an_actor_joins_while_the_job_runs(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
+    """A pool of one to two actors: batches queue up at the first, so a second is started and takes its share."""
+    (tmp_path / "marks").mkdir()
+    work = Patient(Sampling(temperature=0, max_tokens=2), 1, 0, marks=str(tmp_path / "marks"))
+    job = Job(prompts(24), str(tiny_qwen), work, str(tmp_path / "out"))
+    assert run([job], engine(batch=2, actors=(1, 2)))[0]["actors"] == 2
+    assert len(samples(tmp_path / "out")) == 24
+
+
 def test_one_job_and_the_same_again(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
     """Verdicts are written, rows that cannot be answered are listed, and a second run does nothing."""
     rows = prompts(4).to_pylist()
@@ -326,24 +349,24 @@ class Peak:
 
 
 def test_memory_does_not_grow_with_the_input(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
-    """4,000 rows of 20 kB (80 MB) against 200: the driver's and the actor's peaks stay within 10 %."""
+    """2,000 rows of 40 kB (80 MB) against 100: the driver's and the actor's peaks stay within 10 %."""
 
     def rows(count: int) -> Path:
         folder = tmp_path / f"rows{count}"
         folder.mkdir()
         draw = np.random.default_rng(0)
         for part in range(count // 100):
-            texts = [draw.bytes(10_000).hex() for _ in range(100)]
+            texts = [draw.bytes(20_000).hex() for _ in range(100)]
             ids = [f"{part}-{i}" for i in range(100)]
             pq.write_table(pa.table({"id": ids, "text": texts}), folder / f"{part:03d}.parquet")
         return folder
 
     peaks, actors = [], []
-    inputs = {count: rows(count) for count in (200, 4000)}
+    inputs = {count: rows(count) for count in (100, 2000)}
     for count, path in inputs.items():
         job = Job(path, str(tiny_qwen), Measure(SAMPLING, 1, 0), str(tmp_path / f"out{count}"))
         with Peak() as peak:
-            facts = run([job], engine(batch=50))[0]
+            facts = run([job], engine(batch=100))[0]
         assert facts["rows"] == count == len(samples(tmp_path / f"out{count}"))
         peaks.append(peak.bytes)
         actors.append(facts["peak_private_bytes"])
