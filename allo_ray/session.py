@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Threads that wait for work sleep: so two programs share the same cores without slowing each other tenfold.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -79,7 +81,8 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            variables = {"env_vars": ENVIRONMENT}
+            ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
             ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["bfloat16", "float32"]
+
+
+@cache
+def cpu_dtype() -> Dtype:
+    """What this machine's CPU multiplies fast: bfloat16 where it has instructions for it, else float32.
+
+    Without them (AVX2, torch 2.13) training SmolLM2-135M in bfloat16 took 10 times as long: 3.6 against 36 tokens/s.
+    """
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "float32"
+    flags = next((line for line in told.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) else "float32"
+
+
 
 
 class Section(BaseModel):

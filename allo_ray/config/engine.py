@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Dtype, PositiveFraction, Section
+from allo_ray.config.base import Dtype, PositiveFraction, Section, cpu_dtype
 
 
 class EngineResources(Section):
@@ -37,9 +37,16 @@ class EngineConfig(Section):
     """The engine that generates and scores."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
-    dtype: Dtype = "bfloat16"
+    #: By default bfloat16 on GPUs and on CPUs that have it in hardware, else float32.
+    dtype: Dtype = Field(default_factory=cpu_dtype)
     max_model_len: int = Field(default=2048, ge=16)
     pool: EngineResources = EngineResources()
+
+    @model_validator(mode="after")
+    def _dtype_on_gpus(self) -> EngineConfig:
+        if self.pool.num_gpus and "dtype" not in self.model_fields_set:
+            object.__setattr__(self, "dtype", "bfloat16")
+        return self
 
 
 class SamplingConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Dtype, Fraction, PositiveFraction, Section
+from allo_ray.config.base import Dtype, Fraction, PositiveFraction, Section, cpu_dtype
 from allo_ray.config.data import DataConfig
 
 
@@ -46,7 +46,9 @@ class TrainConfig(Section):
     clip: float | None = Field(default=1.0, gt=0)
     #: "instances": token sums, mean over the instances of the global batch; "tokens": over its weighted tokens.
     normalize: Literal["instances", "tokens"] = "instances"
-    dtype: Dtype = "bfloat16"
+    #: Of the weights in memory; values are float32 always. By default bfloat16 on GPUs and on CPUs that have it in
+    #: hardware, else float32.
+    dtype: Dtype = Field(default_factory=cpu_dtype)
 
 
 class SftConfig(TrainConfig):

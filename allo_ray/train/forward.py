@@ -15,6 +15,7 @@ from torch.nn import functional
 from allo_ray.errors import UserError
 from allo_ray.train.attention import ATTENTION, register
 from allo_ray.train.batching import Packed
+from allo_ray.train.fused import fuse
 
 #: Bytes of float32 logits made at a time, and of bf16 probabilities kept for the backward pass at most: [U, V] is
 #: never whole in memory however large the micro-batch.
@@ -145,6 +146,7 @@ def load_model(
                 f"{folder}: config.json sets '{setting}', which training does not build. Take another model."
             )
     model.config.use_cache = False
+    fuse(model)
     model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
