@@ -78,6 +78,14 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
+    def _dtype_on_gpus(self) -> RunConfig:
+        stages = (self.sft, self.warmup, self.reward, self.forget, self.learn, *self.baselines.values())
+        for stage in stages if self.trainer.num_gpus else ():
+            if stage is not None and "dtype" not in stage.model_fields_set:
+                object.__setattr__(stage, "dtype", "bfloat16")
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit(self) -> RunConfig:
         if self.data.kind == "prompts" and self.sample is None:
             raise ValueError(
