@@ -81,7 +81,8 @@ def run(ctx: Context) -> None:
     }
     with ExitStack() as leases:
         for stage, key in sorted({(stage, key) for (_, stage), key in keys.items()}):
-            leases.enter_context(ctx.store.lease(stage, key))
+            if ctx.store.find(stage, key) is None:  # trials that share models do not wait for what is there
+                leases.enter_context(ctx.store.lease(stage, key))
         _ask(ctx, models, tasks, keys)
     found = {place: ctx.store.find(place[1], key) for place, key in keys.items()}
     ctx.facts["models"] = list(models)
