@@ -108,8 +108,10 @@ def graph(config: RunConfig) -> list[Node]:
         tail = trained("learn", LEARN, config.learn, tail, against, selection=locate(config.learn.k))
     for name, baseline in config.baselines.items():
         against = reference(backbone, baseline.dtype)
-        located = {} if baseline.k == 1 else {"selection": locate(baseline.k)}
-        trained(f"baseline {name}", BASELINE, baseline, backbone, against, **located)
+        roles = {} if baseline.k == 1 else {"selection": locate(baseline.k)}
+        if baseline.needs_scores:
+            roles["scores"] = _token_scores(config, add, part, backbone)
+        trained(f"baseline {name}", BASELINE, baseline, backbone, against, **roles)
     asked = [name for name in nodes if name in ("warmup", "forget", "learn") or name.startswith("baseline ")]
     settings = {"evaluate": part(config.evaluate), "engine": engine, "verify": part(config.verify)}
     evaluated = {"SFT": backbone, **{label(name): name for name in asked}}

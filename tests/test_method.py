@@ -62,6 +62,13 @@ def test_stages_can_be_left_out(tmp_path: Path) -> None:
     assert "learn" not in _keys(store, "learn=null")
 
 
+def test_only_a_baseline_with_token_advantages_asks_for_scores(tmp_path: Path) -> None:
+    store, without = Store(str(tmp_path)), "forget.weight=none"
+    assert "token scores" not in _keys(store, without, "baselines={PPO: {loss: ppo, lr: 1e-6}}")
+    names = list(_keys(store, without, "baselines={A2C: {loss: ppo_a2c, lr: 1e-6}}"))
+    assert names.index("token scores") < names.index("baseline A2C") < names.index("evaluate")
+
+
 def test_learning_against_the_backbone_needs_no_second_reference(tmp_path: Path) -> None:
     assert "reference of forget" not in _keys(Store(str(tmp_path)), "learn.reference=sft")
 

@@ -99,6 +99,11 @@ class RunConfig(Section):
             raise ValueError(
                 "forget.weight needs token scores: give the sections `rewrite` and `reward`, or set forget.weight: none"
             )
+        scored = [name for name, baseline in self.baselines.items() if baseline.needs_scores]
+        if scored and None in (self.rewrite, self.reward):
+            raise ValueError(
+                f"baselines.{scored[0]} needs token scores: give the sections `rewrite` and `reward`, or take loss: ppo"
+            )
         if self.locate.order == "band" and self.locate.band is not None:
             width = self.locate.band[1] - self.locate.band[0]
             for stage in (self.forget, self.learn):

@@ -115,9 +115,15 @@ class LearnConfig(TrainConfig):
 class BaselineConfig(TrainConfig):
     """A method to compare with, trained on the same pairs from the same backbone."""
 
-    #: "sft" learns the chosen responses (RFT where they are samples); "npo_sequence" is Eq. 6, "npo" its token form.
-    loss: Literal["sft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo_sequence", "npo"]
+    #: "sft" learns the chosen responses (RFT where they are samples); "npo_sequence" is Eq. 6, "npo" its token form;
+    #: "ppo" is Vanilla PPO on the stored responses, "ppo_a2c" takes token advantages from P_re (see losses/ppo.py).
+    loss: Literal["sft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo_sequence", "npo", "ppo", "ppo_a2c"]
     #: Arguments of the loss, e.g. {beta: 0.1}.
     args: dict[str, Any] = Field(default_factory=dict)
     #: Share of neurons trained; 1 is full-parameter training.
     k: PositiveFraction = 1.0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it reads P_re, and so needs the sections `rewrite` and `reward`."""
+        return self.loss == "ppo_a2c"

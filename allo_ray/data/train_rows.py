@@ -35,13 +35,13 @@ def build_train_rows(
     epochs: int,
     seed: int,
     u: float | None = None,
-    weight: Literal["threshold", "soft", "none"] = "none",
+    weight: Literal["threshold", "soft", "blame", "none"] = "none",
 ) -> dict[str, Any]:
     """Writes TRAIN_ROWS to the file `out` from PAIRS, the reference's LOGPROBS and, for forgetting, TOKEN_SCORES.
 
     Args:
         u, weight: "threshold" writes r = 1 where P_re < u, else 0 (Eq. 5); "soft" writes P_re itself, as the released
-            code does; "none" leaves `rejected_weight` empty, which weights every token 1.
+            code does; "blame" writes 1 - P_re; "none" leaves `rejected_weight` empty, which weights every token 1.
 
     Returns:
         rows, pairs, epochs; with scores also unscored (pairs left out, for want of a score), rejected_tokens,
@@ -83,7 +83,7 @@ def build_train_rows(
     if weight != "none":
         facts |= totals
         facts["kept"] = facts["weighted_tokens"] / max(1, facts["rejected_tokens"])
-        if facts["weighted_tokens"] == 0:
+        if facts["weighted_tokens"] == 0 and weight != "blame":
             out.unlink()
             raise UserError(
                 f"forget.u = {u}: none of the {facts['rejected_tokens']} tokens of the rejected responses has "
@@ -164,6 +164,8 @@ def _row(row: dict[str, Any], position: int, u: float | None, weight: str) -> di
     weights: list[float] = []
     if weight == "soft":
         weights = row["p_re"]
+    elif weight == "blame":
+        weights = (1 - np.asarray(row["p_re"], np.float32)).clip(0).tolist()
     elif weight == "threshold":
         # P_re is stored in float32; so is u, or a probability equal to u would count as below it.
         weights = (np.asarray(row["p_re"], np.float32) < np.float32(u)).astype(np.float32).tolist()

@@ -13,6 +13,7 @@ from allo_ray.losses.bco import bco
 from allo_ray.losses.dpo import dpo, masked_dpo
 from allo_ray.losses.ipo import ipo
 from allo_ray.losses.npo import npo, npo_sequence
+from allo_ray.losses.ppo import ppo
 from allo_ray.losses.rdpo import rdpo
 from allo_ray.losses.sft import sft
 from allo_ray.losses.simpo import simpo
@@ -51,4 +52,6 @@ LOSSES: dict[str, LossSpec] = {
     "ipo": LossSpec(ipo, "pair"),
     "bco": LossSpec(bco, "pair"),
     "simpo": LossSpec(simpo, "pair", needs_reference=False),
+    "ppo": LossSpec(ppo, "pair"),
+    "ppo_a2c": LossSpec(ppo, "pair"),  # its rejected weights are 1 - P_re
 }

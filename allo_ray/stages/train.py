@@ -33,7 +33,8 @@ def learn(ctx: Context) -> None:
 def baseline(ctx: Context) -> None:
     """Another method on the same pairs, from the same backbone."""
     config = BaselineConfig(**ctx.settings["train"])
-    _train(ctx, BASELINE, config, config.loss, config.args)
+    weight = "blame" if config.needs_scores else "none"
+    _train(ctx, BASELINE, config, config.loss, config.args, weight=weight)
 
 
 def _train(

@@ -53,6 +53,7 @@ def test_overrides_reach_nested_keys_and_read_exponents_without_a_dot() -> None:
         ("sample=null", "needs the section `sample`"),
         ("rewrite=null", "forget.weight"),
         ("locate.order=band", "locate.band"),
+        ("baselines={a: {loss: ppo, lr: 1e-6}, b: {loss: ppo3, lr: 1e-6}}", "baselines.b.loss"),
         ("learn", "--set learn.k=0.1"),
         ("data.template=hello", "{prompt}"),
         ("evaluate.suites=[{name: transfer, label: kl}]", "no suite may be called kl"),
@@ -98,3 +99,10 @@ def test_preset_files_say_how_to_run_them() -> None:
     for path in PRESETS.glob("*.yaml"):
         job = "allo tune" if path.stem.startswith("campaign") else "allo align"
         assert job in path.read_text(encoding="utf-8"), f"{path.name}: no command in its header"
+
+
+def test_token_advantages_need_a_reward_model() -> None:
+    baseline = "baselines={a2c: {loss: ppo_a2c, lr: 1e-6}}"
+    assert load("qa", [baseline]).baselines["a2c"].needs_scores
+    with pytest.raises(UserError, match=r"baselines\.a2c needs token scores"):
+        load("qa", [baseline, "forget.weight=none", "reward=null"])

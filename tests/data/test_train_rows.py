@@ -93,6 +93,12 @@ def test_soft_weights_are_p_re_itself(made: dict[str, Any], tmp_path: Path) -> N
         assert row["rejected_weight"] == made["scores"][row["id"]].tolist()
 
 
+def test_blame_is_what_p_re_leaves_to_1(made: dict[str, Any], tmp_path: Path) -> None:
+    _, rows = build(made, tmp_path / "rows.parquet", scores=made["score_table"], weight="blame")
+    for row in rows:
+        assert row["rejected_weight"] == (1 - made["scores"][row["id"]]).tolist()
+
+
 def test_u_1_keeps_all_and_u_0_is_the_users_error(made: dict[str, Any], tmp_path: Path) -> None:
     told = {"scores": made["score_table"], "weight": "threshold"}
     facts, _ = build(made, tmp_path / "rows.parquet", u=1.0, **told)

@@ -35,6 +35,7 @@ def softplus(x: float) -> float:
         ("rdpo", {"beta": 0.1, "alpha": 0.2}, softplus(-(0.1 * 5 + 0.2 * (2 - 1)))),
         ("ipo", {"beta": 0.1}, (2 - -1 - 1 / 0.2) ** 2),
         ("bco", {"beta": 0.1}, softplus(-0.1 * 4) + softplus(0.1 * -1)),
+        ("ppo", {"clip": 0.2}, -(1.2 + 1.2 - 0.8)),
         ("simpo", {"beta": 2.0, "gamma": 1.0}, softplus(-(2.0 * 3 - 1.0))),
     ],
 )
@@ -63,7 +64,8 @@ def test_simpo_is_trls():
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_needs_what_it_says(name: str):
     """A loss without reference gives the same whatever stands there, one with a reference does not."""
-    other = LossInputs(PAIR.policy, torch.tensor([-5.0, 2.0, 3.0]), PAIR.weight, PAIR.sequence, 2)
+    # Ratios of 1.1, e and 0.9: within what PPO clips, or the clipped terms would be the same.
+    other = LossInputs(PAIR.policy, torch.tensor([0.9, 2.0, -0.9]), PAIR.weight, PAIR.sequence, 2)
     spec = LOSSES[name]
     same = float(spec.function(PAIR).sum.detach()) == float(spec.function(other).sum.detach())
     assert same is not spec.needs_reference
