@@ -6,11 +6,12 @@ import time
 
 from rich.console import Console
 
-from allo_ray import estimate, method, pipeline, results
+from allo_ray import estimate, method, pipeline, results, track
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
 from allo_ray.models import neurons_of
+from allo_ray.reach import check_store
 from allo_ray.report.content import Comparison, ModelScores
 from allo_ray.report.terminal import Progress, closing
 from allo_ray.results import Run
@@ -39,11 +40,20 @@ def align(config: RunConfig) -> Run:
     log = results.claim(config) / "run.log"
     console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
     gpus = max(config.trainer.num_gpus, config.engine.pool.num_gpus)
-    with chatter_to(log) as terminal, cluster(config.cluster, gpus):
+    with (
+        chatter_to(log) as terminal,
+        track.opened(config, log.parent, terminal.print) as trackers,
+        cluster(config.cluster, gpus),
+    ):
         connected = time.perf_counter() - started
+        check_store(store)
         with Progress(terminal) as lines:
-            done = pipeline.run(config, nodes, store, lines, parallel=config.cluster.parallel_stages)
+            parallel = config.cluster.parallel_stages
+            done = pipeline.run(config, nodes, store, lines, parallel, trackers.steps)
+        for stage, table in results.curves(done).items():  # of stages that were in the store, too
+            trackers.steps(stage, table.to_pylist())
         run = results.write(config, done, store, time.perf_counter() - started, connected)
+        trackers.results(run.summary)
     show(run, console)
     return run
 
@@ -62,7 +72,8 @@ def show(run: Run, console: Console) -> None:
 
 
 def check(config: RunConfig, store: Store) -> None:
-    """Everything that can be found wrong without a worker: data, memory, disk."""
+    """Everything that can be found wrong without a worker: trackers, data, memory, disk."""
+    track.check(config.track)
     judged_suites(config.evaluate.suites, config.evaluate.judge)
     check_source(config.data)
     if config.sft is not None and config.sft.data is not None:

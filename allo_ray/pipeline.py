@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from allo_ray.config.run import RunConfig
 from allo_ray.report.terminal import Progress
@@ -44,6 +45,16 @@ class Done:
     cached: bool
 
 
+class Record(Protocol):
+    """Takes rows of METRICS of a stage; may be told the same row again."""
+
+    def __call__(self, stage: str, rows: Iterable[Mapping[str, Any]], /) -> None: ...
+
+
+def nothing(stage: str, rows: Iterable[Mapping[str, Any]], /) -> None:
+    """Records nothing."""
+
+
 def plan(nodes: list[Node], store: Store) -> list[Planned]:
     """Keys of all nodes, which need no stage to run: a key depends on settings and on the inputs' keys alone."""
     keys: dict[str, str] = {}
@@ -56,12 +67,18 @@ def plan(nodes: list[Node], store: Store) -> list[Planned]:
 
 
 def run(
-    config: RunConfig, nodes: list[Node], store: Store, lines: Progress, parallel: int = 2
+    config: RunConfig,
+    nodes: list[Node],
+    store: Store,
+    lines: Progress,
+    parallel: int = 2,
+    record: Record = nothing,
 ) -> dict[str, Done]:
     """Runs what is missing and returns every node's artifact by name.
 
     At most `parallel` stages run at once; one starts as soon as its inputs are there. The first failure is raised
-    once the stages running beside it have ended, and no further one starts.
+    once the stages running beside it have ended, and no further one starts. `record` is told the steps of the stages
+    that train here.
     """
     waiting = {item.node.name: item for item in plan(nodes, store)}
     done: dict[str, Done] = {}
@@ -78,7 +95,9 @@ def run(
                     done[item.node.name] = Done(item.artifact, cached=True)
                 else:
                     inputs = {role: done[name].artifact for role, name in item.node.inputs.items()}
-                    running[pool.submit(_execute, config, item, inputs, store, lines)] = item.node.name
+                    running[pool.submit(_execute, config, item, inputs, store, lines, record)] = (
+                        item.node.name
+                    )
             if not running:
                 if failure is not None:
                     break
@@ -101,7 +120,12 @@ def _ready(waiting: Mapping[str, Planned], done: Mapping[str, Done]) -> Iterator
 
 
 def _execute(
-    config: RunConfig, item: Planned, inputs: Mapping[str, Artifact], store: Store, lines: Progress
+    config: RunConfig,
+    item: Planned,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    lines: Progress,
+    record: Record,
 ) -> Done:
     node, key = item.node, item.key
     with store.lease(node.stage.name, key):
@@ -111,7 +135,8 @@ def _execute(
         folder = store.work_folder(node.stage.name, key)
         start = time.perf_counter()
         with lines.stage(node.name) as progress:
-            context = Context(config, node.settings, inputs, folder, key, store, progress)
+            recorded = partial(record, node.name)
+            context = Context(config, node.settings, inputs, folder, key, store, progress, recorded)
             node.stage.run(context)
         seconds = time.perf_counter() - start
         artifact = store.publish(

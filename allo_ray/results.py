@@ -118,7 +118,6 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
     """Everything the report shows, gathered from the artifacts."""
     artifacts = {name: item.artifact for name, item in done.items()}
     scores, comparisons = _scores(artifacts["evaluate"])
-    trained = ("sft", "warmup", "reward", "forget", "learn")
     locate = {float(name.split()[1]): item for name, item in artifacts.items() if name.startswith("locate")}
     selections = {}
     for title, section in (("k1", config.forget), ("k2", config.learn)):
@@ -141,11 +140,7 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
             label: Divergence(**told) for label, told in artifacts["evaluate"].facts.get("kl", {}).items()
         },
         drawn=_drawn(config),
-        curves={
-            name: tables.METRICS.read(local_path(artifacts[name].file("metrics.parquet")))
-            for name in (*trained, *(name for name in artifacts if name.startswith("baseline ")))
-            if name in artifacts
-        },
+        curves=curves(done),
         selections=selections,
         p_re=p_re,
         u=u,
@@ -161,6 +156,16 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
         drops=_drops(artifacts),
         versions={name: found for name in REPORTED_PACKAGES if (found := _version(name)) is not None},
     )
+
+
+def curves(done: Mapping[str, Done]) -> dict[str, pa.Table]:
+    """METRICS of every trained stage, by its node."""
+    baselines = [name for name in done if name.startswith("baseline ")]
+    return {
+        name: tables.METRICS.read(local_path(done[name].artifact.file("metrics.parquet")))
+        for name in ("sft", "warmup", "reward", "forget", "learn", *baselines)
+        if name in done
+    }
 
 
 def _scores(evaluate: Artifact) -> tuple[list[ModelScores], list[Comparison]]:

@@ -81,7 +81,8 @@ class Store:
         self.files, root = fsspec.core.url_to_fs(url)
         self.local = isinstance(self.files, LocalFileSystem)
         self.root = str(Path(root).resolve()) if self.local else url.rstrip("/")
-        self._work_root = Path(self.root) / ".work" if self.local else cache_folder() / "work"
+        #: Where stages work until they publish; shards and checkpoints of every node go there.
+        self.work_root = Path(self.root) / ".work" if self.local else cache_folder() / "work"
         self._check_format()
 
     def key(self, stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -101,7 +102,7 @@ class Store:
 
     def work_folder(self, stage: str, key: str) -> Path:
         """The folder in which the stage works until it is published; what a crashed attempt left is still there."""
-        folder = self._work_root / f"{stage}-{key}"
+        folder = self.work_root / f"{stage}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

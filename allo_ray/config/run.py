@@ -8,6 +8,7 @@ from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
 from allo_ray.config.engine import EngineConfig, JudgeConfig, SampleConfig, SamplingConfig, TeacherConfig
 from allo_ray.config.model import ModelConfig
+from allo_ray.config.track import TrackConfig
 from allo_ray.config.train import (
     BaselineConfig,
     ForgetConfig,
@@ -76,6 +77,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     trainer: TrainerConfig = TrainerConfig()
     cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _dtype_on_gpus(self) -> RunConfig:

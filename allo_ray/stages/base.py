@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,8 @@ class Context:
     key: str
     store: Store
     progress: Progress
+    #: Takes rows of METRICS as a trained stage makes them.
+    record: Callable[[Iterable[Mapping[str, Any]]], None] = lambda rows: None
     facts: dict[str, Any] = field(default_factory=dict)
     #: Seconds before the first row or batch of real work began.
     startup_seconds: float = 0.0

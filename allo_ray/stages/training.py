@@ -39,7 +39,7 @@ def fit(
         seed=ctx.settings["seed"],
         own_reference=own_reference,
     )
-    result = train(job, ctx.progress)
+    result = train(job, ctx.progress, ctx.record)
     ctx.startup_seconds = result.startup_seconds
     ctx.facts.update(result.facts)
     ctx.hand_on(start.base, start.masters, (*start.deltas, ctx.published(stage, DELTA)))
