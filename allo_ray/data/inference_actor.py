@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from allo_ray.data.shards import Rejected, Shards, name_of
 from allo_ray.engines.base import Engine, EngineDied
 from allo_ray.engines.build import build_engine
 from allo_ray.errors import UserError
+from allo_ray.metrics import EngineMetrics
 
 #: Column of the input that tells which job a row belongs to.
 JOB = "_job"
@@ -56,6 +57,7 @@ class InferenceActor:
         self._turn = threading.Condition()
         self._users = 0
         self._alone = False
+        self._metrics = EngineMetrics(self._engine.gauges)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
@@ -91,6 +93,7 @@ class InferenceActor:
                 with self._using(assignment.model, alone=True):
                     rejected.extend(self._one_by_one(assignment, good, tokens))
             shards.end(name)
+        self._metrics.batch(PurePosixPath(shards.url).parent.name, len(rows), *tokens)
         return {
             JOB: number,
             "rows": len(rows),

@@ -121,10 +121,12 @@ class VllmEngine:
         self._call(lambda: self._load_weights(folder))
 
     def gauges(self) -> dict[str, float]:
-        scheduler = self._scheduler
+        scheduler, inside = self._scheduler, len(self._pending)
+        # An engine in a process of its own does not say which of its requests wait.
+        running = len(scheduler.running) if scheduler else min(inside, self._config.pool.max_num_seqs)
         return {
-            "running": len(scheduler.running) if scheduler else 0,
-            "waiting": len(scheduler.waiting) if scheduler else 0,
+            "running": running,
+            "waiting": len(scheduler.waiting) if scheduler else inside - running,
             "cached_tokens": self._cached_tokens,
             "prompt_tokens": self._prompt_tokens,
         }

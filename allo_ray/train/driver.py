@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from allo_ray.train.job import (
     METRICS,
     RESULT,
     RUN,
+    STEPS,
     ProgressLine,
     TrainJob,
     TrainResult,
@@ -40,8 +42,14 @@ from allo_ray.train.job import (
 _HEALTH_CHECK_SECONDS = "0.25"
 
 
-def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
+def train(
+    job: TrainJob,
+    progress: ProgressLine | None = None,
+    record: Callable[[Iterable[Mapping[str, Any]]], None] = lambda rows: None,
+) -> TrainResult:
     """Trains one stage on the running Ray cluster.
+
+    `record` gets rows of METRICS while the job runs and all of them at its end: every step, some of them twice.
 
     Writes `out/delta.safetensors` (fp32 masters of the trained neurons), `out/metrics.parquet` (METRICS) and
     `out/train.json`. If `out` holds checkpoints of an interrupted run of the same job, it goes on from the last one.
@@ -62,7 +70,7 @@ def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
     _claim(job, out)
     final = out / RUN / RESULT
     if not (final / FACTS).exists():
-        with _Heartbeat(out / HEARTBEAT, steps, progress):
+        with _Watch(out, steps, progress, record):
             _fit(job, out, steps)
     told = json.loads((final / FACTS).read_text())
     if told.get("error"):
@@ -70,6 +78,7 @@ def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
         raise UserError(told["error"])
     metrics = told.pop("metrics")
     tables.METRICS.write(metrics, out / METRICS)
+    record(metrics)
     os.replace(final / DELTA, out / DELTA)
     facts = {
         **told,
@@ -85,6 +94,7 @@ def train(job: TrainJob, progress: ProgressLine | None = None) -> TrainResult:
     (out / FACTS).write_text(json.dumps(facts, indent=1))
     shutil.rmtree(out / RUN, ignore_errors=True)
     (out / HEARTBEAT).unlink(missing_ok=True)
+    (out / STEPS).unlink(missing_ok=True)
     (out / CLAIM).unlink(missing_ok=True)
     return TrainResult(out / DELTA, out / METRICS, facts)
 
@@ -165,35 +175,57 @@ def _worker(settings: dict[str, Any]) -> None:
     run_worker(job, settings["steps"], Path(settings["out"]), rows)
 
 
-class _Heartbeat:
-    """Passes what rank 0 writes about the run on to the progress line, until the block ends."""
+class _Watch:
+    """Passes what rank 0 writes about the run on to the progress line and to `record`, until the block ends."""
 
-    def __init__(self, file: Path, steps: int, progress: ProgressLine | None) -> None:
-        self.file, self.steps, self.progress = file, steps, progress
+    def __init__(
+        self,
+        out: Path,
+        steps: int,
+        progress: ProgressLine | None,
+        record: Callable[[Iterable[Mapping[str, Any]]], None],
+    ) -> None:
+        self.out, self.steps, self.progress, self.record = out, steps, progress, record
+        self._read: tuple[int, int] = (0, 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> None:
         if self.progress is not None:
             self.progress.update(0, self.steps, "step")
-            self._thread.start()
+        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
 
     def _watch(self) -> None:
-        assert self.progress is not None
         while not self._stop.wait(0.5):
             try:
-                told = json.loads(self.file.read_text())
+                told = json.loads((self.out / HEARTBEAT).read_text())
+                rows = self._fresh_rows()
             except (OSError, ValueError):  # not there yet, or just being replaced
                 continue
-            self.progress.update(
-                told["done"],
-                self.steps,
-                "step",
-                loss=told["loss"],
-                tokens_per_second=told["tokens_per_second"],
-            )
+            if self.progress is not None:
+                self.progress.update(
+                    told["done"],
+                    self.steps,
+                    "step",
+                    loss=told["loss"],
+                    tokens_per_second=told["tokens_per_second"],
+                )
+            self.record(rows)
+
+    def _fresh_rows(self) -> list[dict[str, Any]]:
+        """Rows of METRICS since the last call; workers that had to start again begin a new file."""
+        with (self.out / STEPS).open("rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            begin = self._read[1] if number == self._read[0] else 0
+            file.seek(begin)
+            whole = file.read().rpartition(b"\n")[0]  # the last line may be half written
+        if not whole:
+            return []
+        self._read = (0, 0)  # where a line does not parse, the next call begins again
+        rows = [json.loads(line) for line in whole.splitlines()]
+        self._read = (number, begin + len(whole) + 1)
+        return rows

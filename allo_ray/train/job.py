@@ -14,6 +14,8 @@ DELTA, METRICS, FACTS = "delta.safetensors", "metrics.parquet", "train.json"
 KEPT = "kept.parquet"
 #: What rank 0 says of a running job, for the progress line; in the `out` folder.
 HEARTBEAT = "progress.json"
+#: Its steps so far, a JSON row of METRICS a line; another file after each restart of the workers.
+STEPS = "steps.jsonl"
 #: Folder of the running job's checkpoints, under `out`; gone when the job is done.
 RUN = "run"
 #: The last of them, which holds the results.

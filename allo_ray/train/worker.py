@@ -17,13 +17,14 @@ from pyarrow.fs import LocalFileSystem
 
 from allo_ray import tables
 from allo_ray.errors import UserError
+from allo_ray.metrics import TrainMetrics
 from allo_ray.models import fingerprint
 from allo_ray.neurons import delta
 from allo_ray.neurons.parametrize import Neurons, attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
 from allo_ray.train.forward import Policy, load_model
-from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, RESULT, RUN, TrainJob
+from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, RESULT, RUN, STEPS, TrainJob
 from allo_ray.train.kept import kept_tokens
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.process import masters_of, prepare_process
@@ -145,7 +146,9 @@ class _Reporter:
         #: When each part of the start-up was done, seconds since the epoch.
         self.timeline: dict[str, float] = {}
         self.last_rows: list[Row] = []
+        self._metrics = TrainMetrics(out.name) if plan.worker == 0 else None
         self._told_at = 0.0
+        self._steps_written = 0
 
     def clocked(self, batches: Iterator[list[Row]]) -> Iterator[list[Row]]:
         """The same batches; notes when the first one arrives."""
@@ -161,6 +164,8 @@ class _Reporter:
 
     def on_step(self, progress: checkpoint.Progress) -> None:
         """Tells the driver how far the run is, at most twice a second."""
+        if self._metrics is not None:
+            self._metrics.step(progress.metrics[-1])
         if self.plan.worker != 0 or time.monotonic() - self._told_at < 0.5:
             return
         self._told_at = time.monotonic()
@@ -174,6 +179,19 @@ class _Reporter:
         waiting = self.out / (HEARTBEAT + ".new")
         waiting.write_text(json.dumps(told))
         os.replace(waiting, self.out / HEARTBEAT)
+        self._write_steps(progress.metrics)
+
+    def _write_steps(self, metrics: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in metrics[self._steps_written :])
+        file = self.out / STEPS
+        if self._steps_written:
+            with file.open("a") as steps:
+                steps.write(lines)
+        else:  # these workers are new: a reader of the old file finds out by its inode
+            waiting = file.with_suffix(".new")
+            waiting.write_text(lines)
+            os.replace(waiting, file)
+        self._steps_written = len(metrics)
 
     def save(self, progress: checkpoint.Progress) -> None:
         """Hands a checkpoint to Ray Train, which stores it beside the next steps."""

@@ -128,11 +128,14 @@ def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
     job = short_steps(job)
     killer = Killer(Path(job.out))
     killer.start()
-    result = train(job)
+    recorded: list[Any] = []
+    result = train(job, record=recorded.extend)
     assert killer.killed_at is not None, "the run ended before it could be killed"
     assert furthest(result.delta, plain(job, tiny_llama, rows, make_updater)) == 0
     metrics = tables.METRICS.read(result.metrics)
     assert metrics["step"].to_pylist() == list(range(75))
+    assert recorded[-75:] == metrics.to_pylist()
+    assert len(recorded) > 75, "steps are told while the run goes on"
     assert metrics["loss"][0].as_py() == pytest.approx(0.693147, abs=1e-5)
     facts = json.loads((Path(job.out) / "train.json").read_text())
     assert facts["rows"] == ROWS
