@@ -81,6 +81,8 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            # Inside a submitted job its own runtime environment stays; without this Ray refuses names that both set.
+            os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
             variables = {"env_vars": ENVIRONMENT}
             ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
