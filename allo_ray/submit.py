@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from allo_ray.config.load import load
-from allo_ray.config.run import RunConfig
+from allo_ray.config.jobs import EvalJob, SampleJob, ScoreJob
+from allo_ray.config.load import load, load_as
+from allo_ray.config.tune import load_campaign
 from allo_ray.doctor import listening
 from allo_ray.errors import UserError
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 #: Code is far smaller. Ray itself refuses 500 MiB, after minutes of packing.
 MOST_BYTES = 100 << 20
 RUNTIME_ENV = Path("cluster") / "runtime_env.yaml"
-#: Jobs with a config whose `store` and `runs` every node has to reach.
-WITH_STORE = ("align", "tune", "sample", "score", "eval")
+#: Jobs that do one part of the method, whose results every node has to reach at `out`.
+PARTS = {"sample": SampleJob, "score": ScoreJob, "eval": EvalJob}
+#: Jobs with a config; the first two have `store` and `runs`.
+WITH_CONFIG = ("align", "tune", *PARTS)
 
 
 def connect(address: str | None) -> JobSubmissionClient:
@@ -134,14 +137,17 @@ def travelling_files(folder: Path, excludes: Sequence[str]) -> list[tuple[Path, 
     return found
 
 
-def check_command(command: Sequence[str], folder: Path) -> RunConfig | None:
-    """The config that `command` (job and its options) will use, if it is a file or preset here.
+def check_command(command: Sequence[str], folder: Path) -> str | None:
+    """Checks the config that `command` (job and its options) will use, if it is a file or preset here.
+
+    Returns:
+        Where the job's report will lie on the cluster, for jobs that write one.
 
     Raises:
-        UserError: the config is wrong; it does not travel with the job; its store or runs is a relative path, which on
-            a cluster is the job's own temporary folder.
+        UserError: the config is wrong; it does not travel with the job; a folder that it names for results is a
+            relative path, which on a cluster lies in the job's own temporary folder.
     """
-    if command[0] not in WITH_STORE:
+    if command[0] not in WITH_CONFIG:
         return None
     source = _option(command, "--config")
     if source is None or source.startswith("/") or "://" in source:
@@ -151,17 +157,28 @@ def check_command(command: Sequence[str], folder: Path) -> RunConfig | None:
             f"--config {source}: no such file in the working directory {folder.resolve()}, so it cannot travel"
         )
     local = folder / source if Path(source).suffix else source
-    config = load(
-        local, [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
-    )
+    overrides = [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
+    overrides += [word.removeprefix("--set=") for word in command if word.startswith("--set=")]
+    if command[0] in PARTS:
+        _check_shared(source, "out", load_as(PARTS[command[0]], local, overrides).out)
+        return None
+    if command[0] == "tune":
+        campaign = load_campaign(local, overrides)
+        config, name, prefix = campaign.base, campaign.config.name, "set."
+    else:
+        config = load(local, overrides)
+        name, prefix = config.name, ""
     for key in ("store", "runs"):
-        value = getattr(config, key)
-        if not value.startswith("/") and "://" not in value:
-            raise UserError(
-                f"{source}: `{key}: {value}` would lie in the job's temporary folder on one node. Name a path that all "
-                f"nodes mount, or a URL: --set {key}=/shared/{key}"
-            )
-    return config
+        _check_shared(source, f"{prefix}{key}", getattr(config, key))
+    return f"{config.runs.rstrip('/')}/{name}/report.html"
+
+
+def _check_shared(source: str, key: str, value: str) -> None:
+    if not value.startswith("/") and "://" not in value:
+        raise UserError(
+            f"{source}: `{key}: {value}` would lie in the job's temporary folder on one node. Name a path that all "
+            f"nodes mount, or a URL: --set {key}=/shared/{key.rpartition('.')[2]}"
+        )
 
 
 def submit(

@@ -36,10 +36,9 @@ def main(arguments: list[str]) -> int:
 
     from allo_ray import submit
 
-    config = submit.check_command(command, told.working_dir)
+    report = submit.check_command(command, told.working_dir)
     client = submit.connect(told.address)
-    metadata = {"report": f"{config.runs.rstrip('/')}/{config.name}/report.html"} if config else None
-    job = submit.submit(client, command, told.working_dir, metadata)
+    job = submit.submit(client, command, told.working_dir, {"report": report} if report else None)
     print(f"sent as {job}", flush=True)
     if not told.wait:
         print(f"allo jobs logs {job}    allo jobs stop {job}    allo jobs report {job}")

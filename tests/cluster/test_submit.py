@@ -98,9 +98,31 @@ def test_a_relative_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--set store=/shared/store"):
         submit.check_command(["align", "--config", "smoke"], tmp_path)
     settings = ["--set", "store=/shared/store", "--set", "runs=/shared/runs"]
-    config = submit.check_command(["align", "--config", "smoke", *settings], tmp_path)
-    assert config
-    assert config.store == "/shared/store"
+    report = submit.check_command(["align", "--config", "smoke", *settings], tmp_path)
+    assert report == "/shared/runs/smoke/report.html"
+
+
+def test_a_campaign_is_checked_by_its_own_rules(tmp_path: Path) -> None:
+    """Store and runs are those of its base; the report is the campaign's."""
+    with pytest.raises(UserError, match=r"--set set\.runs=/shared/runs"):
+        submit.check_command(
+            ["tune", "--config", "campaign-smoke", "--set", "set.store=/shared/store"], tmp_path
+        )
+    settings = ["--set", "set.store=/shared/store", "--set=set.runs=/shared/runs"]
+    report = submit.check_command(["tune", "--config", "campaign-smoke", *settings], tmp_path)
+    assert report == "/shared/runs/campaign-smoke/report.html"
+
+
+def test_a_batch_job_is_checked_by_its_own_rules(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {path: 'tiny:llama'}\ndata: {path: x.jsonl}\nout: samples\n")
+    with pytest.raises(UserError, match="--set out=/shared/out"):
+        submit.check_command(["sample", "--config", "mine.yaml"], tmp_path)
+    assert (
+        submit.check_command(["sample", "--config", "mine.yaml", "--set", "out=/shared/out"], tmp_path)
+        is None
+    )
+    with pytest.raises(UserError, match="modle"):
+        submit.check_command(["sample", "--config", "mine.yaml", "--set", "modle.path=x"], tmp_path)
 
 
 def test_a_config_that_would_not_travel_is_refused(tmp_path: Path) -> None:
