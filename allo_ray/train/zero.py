@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from typing import Any
 
 import torch
@@ -202,9 +203,14 @@ def _quiet_deepspeed() -> Any:
     The operator takes 20 s of g++ at first use and serves inference only.
     """
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # Its autotuner, which nothing here uses, imports mlflow where that is installed: several seconds.
+    hidden = [] if "mlflow" in sys.modules else ["mlflow"]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     import deepspeed
     import deepspeed.ops
 
+    for name in hidden:
+        del sys.modules[name]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -81,6 +81,23 @@ def test_sliding_window_counts_positions_not_places() -> None:
     assert seen[5].int().tolist() == [0, 1, 0, 0, 0, 1, 0]
 
 
+def test_sliding_window_reaches_into_the_preamble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a preamble of 9 tokens and a window of 4 every token sees what it sees where its tree holds all of them."""
+    start = list(range(20, 29))
+    rows = [tree([*start, 5, 6], [7, 8, 9], [7, 3]), tree([*start, 4], [1, 2], [2, 1, 1])]
+
+    def outputs() -> torch.Tensor:
+        packed = pack(rows, "pair")
+        drawn = torch.randn(3, 40, 30, 2, 4, generator=torch.Generator().manual_seed(0))
+        query, key, value = (part[packed.tokens, packed.positions].transpose(0, 1)[None] for part in drawn)
+        out = tree_attention(torch.nn.Module(), query, key, value, None, grid=packed.grid, sliding_window=4)
+        return out[0][0, packed.states]
+
+    shared = outputs()
+    monkeypatch.setattr("allo_ray.train.batching.SHORTEST_PREAMBLE", 100)
+    torch.testing.assert_close(shared, outputs())
+
+
 def test_models_whose_attention_cannot_be_built_are_refused(grid: Grid) -> None:
     few = torch.zeros(1, 1, len(grid.cells), 4)
     with pytest.raises(UserError, match="passes no keyword arguments"):
