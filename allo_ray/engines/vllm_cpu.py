@@ -38,12 +38,14 @@ def speed_up(worker: Any) -> None:
 def response_logprobs(runner: Any, hidden: Tensor, scheduled: dict[str, int]) -> dict[str, Any]:
     """Takes the place of `GPUModelRunner._get_prompt_logprobs_dict`, for prompts that are computed in one step.
 
-    Returns, for each request that asked, vLLM's `LogprobsTensors` [prompt tokens - 1, 1]; the log-probs before
-    FIRST are left at 0.
+    Blocks of the context may come from the prefix cache. Returns, for each request that asked, vLLM's
+    `LogprobsTensors` [prompt tokens - 1, 1]; the log-probs before FIRST are left at 0. All are NaN where the cache
+    reached into the response, whose states are then not there.
     """
     from vllm.v1.outputs import LogprobsTensors
 
     out: dict[str, Any] = {}
+    there: list[Any] = []
     where: list[Tensor] = []
     targets: list[Tensor] = []
     for name in list(runner.num_prompt_logprobs):
@@ -51,22 +53,23 @@ def response_logprobs(runner: Any, hidden: Tensor, scheduled: dict[str, int]) ->
             continue
         request = runner.requests[name]
         ids = request.prompt_token_ids
-        assert scheduled[name] == len(ids), "prompts are never cut on the CPU"
+        cached = request.num_computed_tokens
+        assert cached + scheduled[name] == len(ids), "prompts are never cut on the CPU"
         first = (request.sampling_params.extra_args or {}).get(FIRST, 1)
-        start = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]])
-        where.append(torch.arange(start + first - 1, start + len(ids) - 1))
-        targets.append(torch.tensor(ids[first:], dtype=torch.long))
-        told = LogprobsTensors.empty_cpu(len(ids) - 1, 1)
-        for part in (told.logprobs, told.selected_token_ranks):
-            part.zero_()
+        told = out[name] = LogprobsTensors.empty_cpu(len(ids) - 1, 1)
+        told.logprobs.fill_(torch.nan if cached >= first else 0)
+        told.selected_token_ranks.zero_()
         told.logprob_token_ids[:, 0] = torch.tensor(ids[1:])
-        out[name] = told
         del runner.num_prompt_logprobs[name]
-    if not out:
-        return out
-    scores = _score(runner.model, hidden, torch.cat(where), torch.cat(targets))
-    for told, part in zip(out.values(), scores.split([len(one) for one in targets]), strict=True):
-        told.logprobs[len(told.logprobs) - len(part) :, 0] = part
+        if cached < first:
+            start = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - cached
+            where.append(torch.arange(start + first - 1, start + len(ids) - 1))
+            targets.append(torch.tensor(ids[first:], dtype=torch.long))
+            there.append(told)
+    if there:
+        scores = _score(runner.model, hidden, torch.cat(where), torch.cat(targets))
+        for told, part in zip(there, scores.split([len(one) for one in targets]), strict=True):
+            told.logprobs[len(told.logprobs) - len(part) :, 0] = part
     return out
 
 

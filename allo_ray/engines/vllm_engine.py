@@ -101,7 +101,9 @@ class VllmEngine:
     def score(self, requests: Sequence[ScoreRequest]) -> list[np.ndarray]:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        def params(request: ScoreRequest) -> SamplingParams:
+        cpu = self._config.pool.num_gpus == 0
+
+        def params(request: ScoreRequest, cached: bool) -> SamplingParams:
             return SamplingParams(
                 temperature=0,
                 max_tokens=1,
@@ -110,12 +112,23 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={FIRST: len(request.context_ids)},
+                skip_reading_prefix_cache=not cached,
             )
 
-        outputs = self._submit([([*one.context_ids, *one.response_ids], params(one)) for one in requests])
-        return [
-            _response_logprobs(output, request) for output, request in zip(outputs, requests, strict=True)
-        ]
+        def score(asked: Sequence[ScoreRequest], cached: bool) -> list[np.ndarray]:
+            prompts = [([*one.context_ids, *one.response_ids], params(one, cached)) for one in asked]
+            return [
+                _response_logprobs(output, one)
+                for output, one in zip(self._submit(prompts), asked, strict=True)
+            ]
+
+        # On the CPU what contexts begin with alike is computed once; a row of which the cache knew too much (NaN)
+        # is computed again without it. vLLM's own scoring, on GPUs, never reads the cache.
+        scores = score(requests, cached=cpu)
+        again = [at for at, found in enumerate(scores) if np.isnan(found).any()] if cpu else []
+        for at, found in zip(again, score([requests[at] for at in again], cached=False), strict=True):
+            scores[at] = found
+        return scores
 
     def load_weights(self, folder: str) -> None:
         self._call(lambda: self._load_weights(folder))

@@ -108,6 +108,19 @@ def test_scores_agree(engines: dict[str, Remote]) -> None:
         np.testing.assert_allclose(left, right, atol=TOLERANCE, rtol=0)
 
 
+def test_scores_from_cached_contexts_agree(engines: dict[str, Remote]) -> None:
+    """Contexts that begin alike (two blocks of the cache), and a response of which the cache holds a block itself."""
+    draw = np.random.default_rng(7)
+    start = draw.integers(3, 380, size=80).tolist()
+    asked = [ScoreRequest([*start, *one.context_ids], one.response_ids) for one in responses(12, seed=8)]
+    long = draw.integers(3, 380, size=70).tolist()
+    asked += [ScoreRequest(start, long), ScoreRequest(start, [*long[:40], 5, 6])]
+    right = engines["transformers"].score(asked)
+    for _ in range(2):  # the second time every full block of every row is in the cache
+        for told, expected in zip(engines["vllm"].score(asked), right, strict=True):
+            np.testing.assert_allclose(told, expected, atol=TOLERANCE, rtol=0)
+
+
 def test_scores_are_the_models_own(engine: Remote, tiny_qwen: Path) -> None:
     """The definition: log-softmax of the whole model's logits at the position before each response token."""
     from transformers import AutoModelForCausalLM
