@@ -1,10 +1,12 @@
 """A preference step: TRL's DPOTrainer, the same with precomputed reference, and ours, in one run on equal terms.
 
     python -m benchmarks.train_step --json FILE [--shape quickstart|long] [--model FOLDER] [--pairs 40] [--threads 1]
+        [--dtype bfloat16|float32]
 
-Each contender runs in a process of its own, one after the other, on the same pairs, with as many threads, in bf16,
-micro-batches of 8 pairs, an optimizer step after each, no gradient checkpointing, sigmoid DPO with beta 0.1. Ours
-trains a random 10 % of the neurons, TRL all of them (it has no other way). The first step is left out of the medians.
+Each contender runs in a process of its own, one after the other, on the same pairs, with as many threads and in one
+dtype (bf16; float32 on a CPU without instructions for bf16), micro-batches of 8 pairs, an optimizer step after each,
+no gradient checkpointing, sigmoid DPO with beta 0.1. Ours trains a random 10 % of the neurons, TRL all of them (it has
+no other way). The first step is left out of the medians.
 
 Shapes: "quickstart" has that run's pairs (prompts of about 15 tokens, responses of about 4); "long" has prompts of
 about 75 and responses of about 50 tokens, which differ from their second token on.
@@ -30,6 +32,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from allo_ray.config.base import Dtype, cpu_dtype
 
 BATCH, BETA, SHARE = 8, 0.1, 0.1
 CONTENDERS = ("trl", "trl_precompute", "ours")
@@ -80,7 +84,7 @@ class Clock:
         self.steps.append((time.perf_counter() - wall, time.process_time() - cpu))
 
 
-def run_trl(model: str, pairs: list[dict[str, str]], precompute: bool, clock: Clock) -> float:
+def run_trl(model: str, dtype: str, pairs: list[dict[str, str]], precompute: bool, clock: Clock) -> float:
     """DPOTrainer with its defaults but for checkpointing, on the CPU; returns the loss of step 1."""
     import torch
     from datasets import Dataset
@@ -96,7 +100,7 @@ def run_trl(model: str, pairs: list[dict[str, str]], precompute: bool, clock: Cl
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)),
             args=DPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=BATCH,
@@ -107,7 +111,7 @@ def run_trl(model: str, pairs: list[dict[str, str]], precompute: bool, clock: Cl
                 save_strategy="no",
                 report_to="none",
                 use_cpu=True,
-                bf16=True,
+                bf16=dtype == "bfloat16",
                 gradient_checkpointing=False,
                 precompute_ref_log_probs=precompute,
                 disable_tqdm=True,
@@ -120,7 +124,9 @@ def run_trl(model: str, pairs: list[dict[str, str]], precompute: bool, clock: Cl
         return float(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
 
 
-def run_ours(model: str, pairs: list[dict[str, str]], clock: Clock) -> tuple[float, dict[str, float]]:
+def run_ours(
+    model: str, dtype: Dtype, pairs: list[dict[str, str]], clock: Clock
+) -> tuple[float, dict[str, float]]:
     """The loop of `allo_ray.train` on plain torch; returns the loss of step 1 and the matrix arithmetic."""
     from dataclasses import replace
 
@@ -137,7 +143,7 @@ def run_ours(model: str, pairs: list[dict[str, str]], clock: Clock) -> tuple[flo
     from allo_ray.train.updater import PlainUpdater
 
     rows = token_rows(AutoTokenizer.from_pretrained(model), pairs)
-    loaded = load_model(model, torch.bfloat16)
+    loaded = load_model(model, getattr(torch, dtype))
     policy, whole = Policy(loaded), 1 << 20
     for first in range(0, len(rows), BATCH):
         batch = rows[first : first + BATCH]
@@ -147,7 +153,7 @@ def run_ours(model: str, pairs: list[dict[str, str]], clock: Clock) -> tuple[flo
             for row, (chosen, rejected) in zip(batch, found, strict=True)
         ]
     neurons = attach(loaded, random_selection(Selection.of_model(loaded)))
-    config = TrainConfig(lr=1e-5, batch_size=BATCH, dtype="bfloat16")
+    config = TrainConfig(lr=1e-5, batch_size=BATCH, dtype=dtype)
     updater = PlainUpdater(policy, neurons, config)
     batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
     plan = Plan("dpo", {"beta": BETA}, config, len(batches), whole)
@@ -186,8 +192,8 @@ def token_rows(tokenizer: Any, pairs: list[dict[str, str]]) -> list[Any]:
     ]
 
 
-def random_selection(dense: Any) -> Any:
-    """A random share `SHARE` of every tensor."""
+def random_selection(dense: Any, share: float = SHARE) -> Any:
+    """A random share of every tensor."""
     from dataclasses import replace
 
     import torch
@@ -195,9 +201,9 @@ def random_selection(dense: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     indices = {}
     for name in dense.names:
-        drawn = torch.rand(dense.size_of(name), generator=generator) < SHARE
+        drawn = torch.rand(dense.size_of(name), generator=generator) < share
         indices[name] = drawn.nonzero()[:, 0].int()
-    return replace(dense, indices=indices, dense=False, k=SHARE, order="random")
+    return replace(dense, indices=indices, dense=False, k=share, order="random")
 
 
 def arithmetic(model: Any, batch: list[Any]) -> dict[str, float]:
@@ -219,10 +225,8 @@ def arithmetic(model: Any, batch: list[Any]) -> dict[str, float]:
     )
     operations = 6 * (body * len(packed.tokens) + head * len(packed.states))
     hidden = model.config.hidden_size
-    left, right = (
-        torch.randn(len(packed.tokens), hidden).bfloat16(),
-        torch.randn(4 * hidden, hidden).bfloat16(),
-    )
+    dtype = model.get_output_embeddings().weight.dtype
+    left, right = (torch.randn(rows, hidden).to(dtype) for rows in (len(packed.tokens), 4 * hidden))
     seconds = []
     for _ in range(20):
         began = time.process_time()
@@ -232,7 +236,7 @@ def arithmetic(model: Any, batch: list[Any]) -> dict[str, float]:
     return {"operations": operations, "matrix_rate": rate, "matrix_seconds": operations / rate}
 
 
-def contend(name: str, model: str, pairs: list[dict[str, str]], threads: int) -> dict[str, Any]:
+def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], threads: int) -> dict[str, Any]:
     """Runs one contender in this process."""
     import torch
 
@@ -242,10 +246,10 @@ def contend(name: str, model: str, pairs: list[dict[str, str]], threads: int) ->
     clock = Clock()
     if name == "ours":
         prepare_process(threads, gpu=False)
-        loss, extra = run_ours(model, pairs, clock)
+        loss, extra = run_ours(model, dtype, pairs, clock)
     else:
         torch.set_num_threads(threads)
-        loss = run_trl(model, pairs, name == "trl_precompute", clock)
+        loss = run_trl(model, dtype, pairs, name == "trl_precompute", clock)
     measured = clock.steps[1:]
     wall = statistics.median(step[0] for step in measured)
     cpu = statistics.median(step[1] for step in measured)
@@ -260,13 +264,15 @@ def contend(name: str, model: str, pairs: list[dict[str, str]], threads: int) ->
     }
 
 
-def in_own_process(name: str, model: str, shape: str, count: int, threads: int) -> dict[str, Any]:
+def in_own_process(
+    name: str, model: str, dtype: Dtype, shape: str, count: int, threads: int
+) -> dict[str, Any]:
     """Starts this module again for one contender."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
         told = ["--contender", name, "--json", str(target), "--model", model, "--shape", shape]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step", *told]
-        command += ["--pairs", str(count), "--threads", str(threads)]
+        command += ["--pairs", str(count), "--threads", str(threads), "--dtype", dtype]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -274,7 +280,7 @@ def in_own_process(name: str, model: str, shape: str, count: int, threads: int) 
         return json.loads(target.read_text())
 
 
-def compare(model: str, shape: str, count: int, threads: int) -> dict[str, Any]:
+def compare(model: str, dtype: Dtype, shape: str, count: int, threads: int) -> dict[str, Any]:
     """All contenders and their ratios."""
     from transformers import AutoTokenizer
 
@@ -285,11 +291,12 @@ def compare(model: str, shape: str, count: int, threads: int) -> dict[str, Any]:
         "shape": shape,
         "pairs": count,
         "threads": threads,
+        "dtype": dtype,
         "tokens_of_prompt": statistics.mean(len(row.prompt) for row in rows),
         "tokens_of_response": statistics.mean(len(ids) for row in rows for ids in (row.chosen, row.rejected)),
     }
     for name in CONTENDERS:
-        told[name] = in_own_process(name, model, shape, count, threads)
+        told[name] = in_own_process(name, model, dtype, shape, count, threads)
         told[name]["tokens_per_second"] = tokens / told[name]["step_seconds"]
         print(name, json.dumps(told[name]), flush=True)
     ratio: Callable[[str, str], float] = lambda name, key: told[name][key] / told["ours"][key]  # noqa: E731
@@ -314,6 +321,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("quickstart", "long"), default="quickstart")
     parser.add_argument("--pairs", type=int, default=40, help="at least 16; 8 a step")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=cpu_dtype())
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -323,9 +331,10 @@ def main() -> None:
 
             model = str(smollm2(Path(folder) / "model"))
         if asked.contender:
-            found = contend(asked.contender, model, make_pairs(asked.shape, asked.pairs), asked.threads)
+            pairs = make_pairs(asked.shape, asked.pairs)
+            found = contend(asked.contender, model, asked.dtype, pairs, asked.threads)
         else:
-            found = compare(model, asked.shape, asked.pairs, asked.threads)
+            found = compare(model, asked.dtype, asked.shape, asked.pairs, asked.threads)
     Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
 
 

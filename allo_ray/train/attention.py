@@ -11,8 +11,8 @@ that spends its time on overhead, `ShortTrees`: batched matrix products whose ba
 probabilities (measured on one core, 9 heads of 64 channels, 8 trees, forward and backward: 64 tokens 6 ms against 13,
 216 tokens 51 against 70).
 
-Shapes: T packed tokens, C of them the preamble, G trees, L tokens of the longest tree, H query heads, J key and value heads, D channels of a
-head.
+Shapes: T packed tokens, C of them the preamble, G trees, L tokens of the longest tree, H query heads, J key and value
+heads, D channels of a head.
 """
 
 from __future__ import annotations

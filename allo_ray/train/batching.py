@@ -25,7 +25,6 @@ import torch
 
 from allo_ray.train.rows import Row, Side
 
-
 #: A shorter common beginning is left in the trees: sharing it saves less than the extra attention call costs.
 SHORTEST_PREAMBLE = 8
 

@@ -140,6 +140,7 @@ def _fit(job: TrainJob, out: Path, steps: int) -> None:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=job.trainer.workers,
+            elastic_resize_monitor_interval_s=job.trainer.resize_seconds,
             use_gpu=gpu,
             resources_per_worker={
                 "CPU": job.trainer.num_cpus,

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,22 @@ from allo_ray.neurons.parametrize import Neurons
 from allo_ray.train.batching import Packed
 from allo_ray.train.updater import MOMENTS, clipped_step, make_optimizer
 
+#: Values whose gradients are reduced at a time.
+BUCKET = 50_000_000
+
 
 def stage_of(trainer: TrainerConfig, workers: int) -> int:
     """The ZeRO stage that is used: a single worker shards nothing, so copies made for sharding are left out."""
     return trainer.zero_stage if workers > 1 or trainer.offload_optimizer else 0
 
 
-def engine_config(config: TrainConfig, trainer: TrainerConfig, workers: int) -> dict[str, Any]:
-    """The DeepSpeed config. Micro-batches are counted by the loop, not by DeepSpeed."""
+def engine_config(
+    config: TrainConfig, trainer: TrainerConfig, workers: int, sizes: Sequence[int]
+) -> dict[str, Any]:
+    """The DeepSpeed config for values of the given sizes. Micro-batches are counted by the loop, not by DeepSpeed."""
     stage = stage_of(trainer, workers)
-    zero: dict[str, Any] = {"stage": stage}
+    # DeepSpeed's own bucket is a buffer of 2 GB, however few values there are; it has to hold the largest tensor.
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": max(*sizes, min(sum(sizes), BUCKET))}
     if stage == 3:
         # Nothing stays whole on every worker but what is in use.
         zero |= {"stage3_param_persistence_threshold": 0}
@@ -68,7 +75,7 @@ class ZeroUpdater:
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self.optimizer,
-            config=engine_config(config, trainer, self.workers),
+            config=engine_config(config, trainer, self.workers, [v.numel() for v in neurons.parameters()]),
             dist_init_required=False,
         )
         self.engine.enable_backward_allreduce = self.workers > 1

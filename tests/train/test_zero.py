@@ -88,13 +88,32 @@ def test_resumed_ranks_keep_every_bit(states: dict[str, dict[str, torch.Tensor]]
 def test_deepspeed_is_never_told_to_cast() -> None:
     """With fp16 or bf16 enabled it would cast the masters; without both it leaves every dtype alone."""
     for stage in (0, 1, 2, 3):
-        told = engine_config(CONFIG, TrainerConfig.model_validate({"zero_stage": stage}), workers=2)
+        told = engine_config(
+            CONFIG, TrainerConfig.model_validate({"zero_stage": stage}), workers=2, sizes=[7, 5]
+        )
         assert not {"fp16", "bf16", "torch_autocast"} & set(told)
         assert told["gradient_clipping"] == (1.0 if stage else 0.0)
         assert told["zero_optimization"]["stage"] == stage
 
 
+def test_the_reduce_bucket_is_as_large_as_the_values() -> None:
+    """All of them where they are few, the largest tensor where that is larger than the limit of 50 million."""
+
+    def bucket(*sizes: int) -> int:
+        told = engine_config(CONFIG, TrainerConfig(zero_stage=3), workers=2, sizes=sizes)
+        return told["zero_optimization"]["reduce_bucket_size"]
+
+    assert bucket(7, 5) == 12
+    assert bucket(*[30_000_000] * 4) == 50_000_000
+    assert bucket(60_000_000, 5) == 60_000_000
+
+
 def test_one_worker_makes_no_copies_for_sharding() -> None:
-    assert engine_config(CONFIG, TrainerConfig(zero_stage=2), workers=1)["zero_optimization"]["stage"] == 0
+    assert (
+        engine_config(CONFIG, TrainerConfig(zero_stage=2), workers=1, sizes=[7, 5])["zero_optimization"][
+            "stage"
+        ]
+        == 0
+    )
     offloaded = TrainerConfig(zero_stage=2, offload_optimizer=True)
-    assert engine_config(CONFIG, offloaded, workers=1)["zero_optimization"]["stage"] == 2
+    assert engine_config(CONFIG, offloaded, workers=1, sizes=[7, 5])["zero_optimization"]["stage"] == 2
