@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from allo_ray import estimate, method, pipeline, results, track
+from allo_ray import estimate, method, pipeline, preflight, results, track
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
@@ -72,8 +72,9 @@ def show(run: Run, console: Console) -> None:
 
 
 def check(config: RunConfig, store: Store) -> None:
-    """Everything that can be found wrong without a worker: trackers, data, memory, disk."""
+    """Everything that can be found wrong without a worker: trackers, models, losses, suites, data, memory, disk."""
     track.check(config.track)
+    preflight.check(config)
     judged_suites(config.evaluate.suites, config.evaluate.judge)
     check_source(config.data)
     if config.sft is not None and config.sft.data is not None:

@@ -75,7 +75,9 @@ def graph(config: RunConfig) -> list[Node]:
         add("pairs", PAIRS, settings, model=backbone, prompts="prompts", samples="sample")
     else:
         settings = {"data": source(config.data), "pair": part(config.pair), "seed": seed}
-        add("pairs", READ_PAIRS, settings, model=backbone)
+        add(
+            "pairs", READ_PAIRS, settings, model="model"
+        )  # for its tokenizer: found wrong before anything is trained
 
     def reference(start: str, dtype: str) -> str:
         name = "reference" if start == backbone else f"reference of {start}"

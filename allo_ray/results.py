@@ -18,6 +18,7 @@ from allo_ray import tables
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.tokenise import Tokeniser
+from allo_ray.errors import UserError
 from allo_ray.models import ModelRef
 from allo_ray.neurons.delta import stack
 from allo_ray.neurons.export import export
@@ -56,10 +57,19 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def claim(config: RunConfig) -> Path:
-    """Makes the run's folder and writes config.resolved.yaml, by which the next attempt finds it again."""
-    folder = folder_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.resolved.yaml").write_text(dump(config), encoding="utf-8")
+    """Makes the run's folder and writes config.resolved.yaml, by which the next attempt finds it again.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder = folder_of(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.resolved.yaml").write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"runs {config.runs}: {error}. Give a folder that you may write with runs: ..."
+        ) from None
     return folder
 
 

@@ -197,19 +197,31 @@ class Store:
             with self.files.open(path, "rt") as file:
                 found = json.load(file)["format"]
         except FileNotFoundError:
-            self.files.makedirs(self._strip(self.root), exist_ok=True)
-            with self.files.open(path, "wt") as file:
-                json.dump({"format": FORMAT}, file)
+            self._create(path)
             return
-        except PermissionError as error:
-            raise UserError(
-                f"store {self.root}: {error}. Give a folder that you may write with store: ..."
-            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError):
+            found = "that cannot be told (store.json is broken)"
+        except OSError as error:
+            raise self._unusable(error) from None
         if found != FORMAT:
             raise UserError(
                 f"store {self.root}: written in format {found}, this program reads {FORMAT}. "
                 "Give another folder with store: ..., or use the program version that wrote it."
             )
+
+    def _create(self, path: str) -> None:
+        try:
+            self.files.makedirs(self._strip(self.root), exist_ok=True)
+            part = f"{path}.{uuid.uuid4().hex}.part" if self.local else path
+            with self.files.open(part, "wt") as file:
+                json.dump({"format": FORMAT}, file)
+            if self.local:
+                os.replace(part, path)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"store {self.root}: {error}. Give a folder that you may write with store: ...")
 
 
 def _rename_or_discard(folder: Path, target: Path) -> None:

@@ -99,3 +99,13 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text('{"format": 99}')
     with pytest.raises(UserError, match="written in format 99"):
         Store(str(tmp_path))
+
+
+def test_a_store_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", "/proc/none"):
+        with pytest.raises(UserError, match="Give a folder that you may write"):
+            Store(str(path))
+    (tmp_path / "store.json").write_text("{")
+    with pytest.raises(UserError, match=r"store\.json is broken"):
+        Store(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,8 @@ class TrainerConfig(Section):
 
     #: Workers, or (fewest, most) for training that follows the cluster.
     workers: int | tuple[int, int] = 1
+    #: Seconds between two looks whether there is room for more workers; they then start from the last checkpoint.
+    resize_seconds: float = Field(default=60, gt=0)
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
@@ -80,6 +83,10 @@ class LocateConfig(Section):
             raise ValueError("locate.band belongs to locate.order: band, and is needed there")
         if self.band is not None and self.band[0] >= self.band[1]:
             raise ValueError("locate.band must be [low, high] with low < high")
+        try:
+            re.compile(self.include or "")
+        except re.error as error:
+            raise ValueError(f"locate.include is no regular expression: {error}") from None
         return self
 
 
