@@ -89,6 +89,11 @@ class Lookup:
                 out[place] = row
         return out
 
+    def in_order(self) -> Iterator[dict[str, Any]]:
+        """All rows in the order of their ids."""
+        for start in range(0, len(self), BATCH_ROWS):
+            yield from self.take(self._order[start : start + BATCH_ROWS])
+
     def __enter__(self) -> Lookup:
         return self
 

@@ -132,13 +132,15 @@ def build_pairs(
     """Writes PAIRS to the file `out` from the tables PROMPTS and SAMPLES and returns the count of every rule.
 
     Pairs longer than `data.max_tokens` are listed in the file `drops` (DROPS): `source` names the prompt, `row` the
-    index of the longer sample. The samples of one prompt stand together in their table. Memory holds the prompts' ids
-    and a batch of samples.
+    index of the longer sample. Pairs stand in the order of their ids, so that neither shards nor restarts show in what
+    is computed from them. The samples of one prompt stand together in their table. Memory holds the prompts' ids, the
+    pairs' ids and a batch of samples.
 
     Raises:
         UserError: no pair is left, and which rule took most; or more than `config.max_dropped` of them are too long.
     """
     out = Path(out)
+    unsorted = out.with_name(f".{out.name}.unsorted")
     with Lookup(tables.PROMPTS, prompts, out.parent) as known:
         cut = None
         if config.limit:
@@ -151,7 +153,10 @@ def build_pairs(
                 for rank, row in enumerate(group)
                 if cut is None or _place(seed, rank, row) <= cut
             )
-            kept = write_stream(tables.PAIRS, rows, out)
+            kept = write_stream(tables.PAIRS, rows, unsorted)
+    with Lookup(tables.PAIRS, unsorted, out.parent) as pairs:
+        write_stream(tables.PAIRS, pairs.in_order(), out)
+    unsorted.unlink()
     facts = dict(pairing.facts)
     _stop_if_too_long(facts.get("pairs_over_long", 0), facts["pairs"], config, data, drops)
     facts["pairs_over_limit"] = facts["pairs"] - kept
