@@ -27,8 +27,6 @@ def cpu_dtype() -> Dtype:
     return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()) else "float32"
 
 
-
-
 class Section(BaseModel):
     """A section of the YAML."""
 

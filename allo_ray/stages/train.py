@@ -20,7 +20,10 @@ def warmup(ctx: Context) -> None:
 def forget(ctx: Context) -> None:
     """Masked NPO on the k1 % neurons (Eq. 7)."""
     config = ForgetConfig(**ctx.settings["train"])
-    _train(ctx, FORGET, config, "npo", {"beta": config.beta}, u=config.u, weight=config.weight)
+    following = ctx.config.learn
+    logprobs = following is not None and following.reference == "start" and following.dtype == config.dtype
+    args = {"beta": config.beta}
+    _train(ctx, FORGET, config, "npo", args, logprobs=logprobs, u=config.u, weight=config.weight)
 
 
 def learn(ctx: Context) -> None:
@@ -44,6 +47,7 @@ def _train(
     loss: str,
     args: dict[str, Any],
     own_reference: bool = True,
+    logprobs: bool = False,
     **weights: Any,
 ) -> None:
     seed = ctx.settings["seed"]
@@ -59,7 +63,7 @@ def _train(
             **weights,
         )
     selection = "selection" if "selection" in ctx.inputs else None
-    fit(ctx, stage, config, loss, args, rows, selection, own_reference)
+    fit(ctx, stage, config, loss, args, rows, selection, own_reference, logprobs)
 
 
 WARMUP = Stage("warmup", 1, warmup)

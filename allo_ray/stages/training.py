@@ -20,10 +20,12 @@ def fit(
     rows: Path,
     selection: str | None = None,
     own_reference: bool = True,
+    logprobs: bool = False,
 ) -> None:
     """Trains from the model of the input `start`; `selection` names the input with the neurons (None: all).
 
-    `own_reference`: the rows' reference log-probs are those of that model.
+    `own_reference`: the rows' reference log-probs are those of that model. `logprobs`: the trained model gives the
+    log-probs of all pairs too, before it leaves the memory (the next stage's reference, without another start-up).
     """
     start = ctx.model("start")
     job = TrainJob(
@@ -38,8 +40,11 @@ def fit(
         out=str(ctx.out),
         seed=ctx.settings["seed"],
         own_reference=own_reference,
+        pairs=str(ctx.file("pairs", "pairs.parquet")) if logprobs else None,
     )
     result = train(job, ctx.progress, ctx.record)
     ctx.startup_seconds = result.startup_seconds
     ctx.facts.update(result.facts)
+    if logprobs:
+        ctx.facts["logprobs"] = {"pairs": ctx.inputs["pairs"].key, "dtype": config.dtype}
     ctx.hand_on(start.base, start.masters, (*start.deltas, ctx.published(stage, DELTA)))

@@ -12,6 +12,8 @@ from allo_ray.config.train import TrainConfig, TrainerConfig
 DELTA, METRICS, FACTS = "delta.safetensors", "metrics.parquet", "train.json"
 #: q of Eq. 8 for some rows of the last batch, where the loss drops noisy tokens.
 KEPT = "kept.parquet"
+#: Folder of LOGPROBS of the trained model, where the job asks for them.
+LOGPROBS = "logprobs"
 #: What rank 0 says of a running job, for the progress line; in the `out` folder.
 HEARTBEAT = "progress.json"
 #: Its steps so far, a JSON row of METRICS a line; another file after each restart of the workers.
@@ -44,6 +46,8 @@ class TrainJob:
         loss: name in `losses.registry.LOSSES`, with its hyper-parameters in `loss_args`.
         out: folder for the results, reachable from every worker.
         own_reference: the reference log-probs of the rows are those of the model that training starts from.
+        pairs: PAIRS whose log-probs the trained model gives before it leaves the memory, for a stage that starts from
+            it.
     """
 
     base: str
@@ -57,6 +61,7 @@ class TrainJob:
     loss_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     own_reference: bool = True
+    pairs: str | None = None
 
 
 @dataclass(frozen=True)

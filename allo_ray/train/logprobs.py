@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
 
 from allo_ray import tables
 from allo_ray.config.train import TrainerConfig
 from allo_ray.errors import UserError
-from allo_ray.train.batching import pack
+from allo_ray.train.batching import Packed, pack
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.job import ProgressLine
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, micro_batches
 
+Forward = Callable[[Packed], torch.Tensor]
 COLUMNS = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
 #: Pairs of a shard: also the step at which an interrupted job goes on.
 SHARD_ROWS = 512
@@ -116,36 +119,67 @@ class LogprobActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         began = time.time()
-        ids = batch.column("id").to_pylist()
-        file = self.out / f"{tables.content_id(*ids)}.parquet"
+        file = _shard(self.out, batch)
         tokens, error = 0, ""
         if not file.exists():
             rows = pair_rows(batch)
             found, tokens = logprobs_of(self.policy, rows, self.trainer.micro_batch_tokens, self.device)
-            broken = [
-                row.id
-                for row, both in zip(rows, found, strict=True)
-                if not all(np.isfinite(part).all() for part in both)
-            ]
-            if broken:
-                error = (
-                    f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs "
-                    "and at the model, or compute in float32."
-                )
-            else:
-                part = file.with_suffix(f".{os.getpid()}.part")
-                tables.LOGPROBS.write(
-                    [
-                        {"id": row.id, "chosen": c, "rejected": r}
-                        for row, (c, r) in zip(rows, found, strict=True)
-                    ],
-                    part,
-                )
-                os.replace(part, file)
-        return pa.table({"pairs": [len(ids)], "tokens": [tokens], "began_at": [began], "error": [error]})
+            try:
+                _write(file, rows, found)
+            except UserError as problem:  # told as a result: Ray would try again what cannot succeed
+                error = str(problem)
+        return pa.table({"pairs": [len(batch)], "tokens": [tokens], "began_at": [began], "error": [error]})
 
 
-def pair_rows(pairs: pa.Table) -> list[Row]:
+def record_logprobs(
+    forward: Forward,
+    pairs: str | Path,
+    out: Path,
+    budget: int,
+    device: torch.device,
+    turn: tuple[int, int],
+    whole: bool,
+) -> None:
+    """Writes LOGPROBS of all `pairs` under a model that is in memory already: that which has just been trained.
+
+    Args:
+        turn: (worker, workers); each worker writes every so many-th shard.
+        whole: a forward pass takes all workers (sharded weights), so each computes every shard.
+
+    Raises:
+        UserError: a log-prob is not finite.
+    """
+    worker, workers = turn
+    source = pads.dataset(tables.PAIRS.files(pairs))
+    size = min(SHARD_ROWS, max(1, -(-source.count_rows() // workers)))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, batch in enumerate(source.to_batches(columns=list(COLUMNS), batch_size=size)):
+        mine = number % workers == worker
+        if mine or whole:
+            rows = pair_rows(batch)
+            found, _ = logprobs_of(forward, rows, budget, device)
+            if mine:
+                _write(_shard(out, batch), rows, found)
+
+
+def _shard(out: Path, batch: pa.Table | pa.RecordBatch) -> Path:
+    return out / f"{tables.content_id(*batch.column('id').to_pylist())}.parquet"
+
+
+def _write(file: Path, rows: list[Row], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    both = list(zip(rows, found, strict=True))
+    broken = [row.id for row, parts in both if not all(np.isfinite(part).all() for part in parts)]
+    if broken:
+        raise UserError(
+            f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs "
+            "and at the model, or compute in float32."
+        )
+    part = file.with_suffix(f".{os.getpid()}.part")
+    tables.LOGPROBS.write([{"id": row.id, "chosen": c, "rejected": r} for row, (c, r) in both], part)
+    os.replace(part, file)
+
+
+def pair_rows(pairs: pa.Table | pa.RecordBatch) -> list[Row]:
     """Rows without references or weights of a table with the columns `COLUMNS`."""
     none = np.zeros(0, dtype=np.float32)
     columns = [pairs.column(name).to_pylist() for name in COLUMNS]
@@ -158,7 +192,7 @@ def pair_rows(pairs: pa.Table) -> list[Row]:
 
 @torch.no_grad()
 def logprobs_of(
-    policy: Policy, rows: list[Row], budget: int, device: torch.device
+    forward: Forward, rows: list[Row], budget: int, device: torch.device
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """Log-probs (chosen, rejected) of each row, float32, nats, and the number of tokens read."""
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -166,7 +200,7 @@ def logprobs_of(
     for part in micro_batches(rows, "pair", workers=1, worker=0, budget=budget):
         packed = pack(part, "pair")
         tokens += len(packed.tokens)
-        answers = policy(packed.to(device)).cpu().numpy()
+        answers = forward(packed.to(device)).cpu().numpy()
         start = 0
         for row in part:
             middle, end = start + len(row.chosen), start + len(row.chosen) + len(row.rejected)

@@ -24,8 +24,9 @@ from allo_ray.neurons.parametrize import Neurons, attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
 from allo_ray.train.forward import Policy, load_model
-from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, RESULT, RUN, STEPS, TrainJob
+from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, LOGPROBS, RESULT, RUN, STEPS, TrainJob
 from allo_ray.train.kept import kept_tokens
+from allo_ray.train.logprobs import record_logprobs
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, global_batches
@@ -84,6 +85,10 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         reporter.mark("engine_built")
         batches = reporter.clocked(global_batches(rows, job.config.batch_size, progress.step))
         progress = run(updater, plan, batches, progress, _add_up(device), reporter.on_step, reporter.save)
+        if job.pairs is not None:
+            turn, budget = (plan.worker, plan.workers), plan.micro_batch_tokens
+            sharded = job.trainer.zero_stage == 3 and plan.workers > 1
+            record_logprobs(updater.forward, job.pairs, out / LOGPROBS, budget, device, turn, sharded)
     except UserError as error:
         reporter.finish({"error": str(error)})
         return

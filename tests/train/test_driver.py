@@ -22,7 +22,7 @@ from allo_ray.neurons import delta
 from allo_ray.neurons.selection import Selection
 from allo_ray.train.checkpoint import Progress
 from allo_ray.train.driver import train
-from allo_ray.train.job import HEARTBEAT, RUN, TrainJob
+from allo_ray.train.job import HEARTBEAT, LOGPROBS, RUN, TrainJob
 from allo_ray.train.logprobs import compute_logprobs
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.rows import Row
@@ -84,6 +84,20 @@ def plain(job: TrainJob, folder: Path, rows: list[Row], make_updater) -> dict[st
     plan = Plan(job.loss, job.loss_args, job.config, len(batches), job.trainer.micro_batch_tokens)
     run(updater, plan, batches, Progress())
     return {name: values.detach() for name, values in updater.neurons.named_values()}
+
+
+def write_pairs(rows: list[Row], path: Path) -> Path:
+    told = {"prompt_id": "", "prompt": "", "text": "", "reference": None, "chosen": "", "rejected": ""}
+    told |= {"chosen_source": "sample", "rejected_source": "sample"}
+    tables.PAIRS.write(
+        [
+            told
+            | {"id": row.id, "prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
+            for row in rows
+        ],
+        path,
+    )
+    return path
 
 
 def furthest(path: Path, values: dict[str, torch.Tensor]) -> float:
@@ -153,10 +167,14 @@ def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
 def test_a_broken_run_goes_on_when_it_is_run_again_with_other_workers(
     ray_cluster, job: TrainJob, tiny_llama: Path, make_updater, rows: list[Row]
 ) -> None:
-    """One worker under ZeRO 1 dies and may not be replaced; two under ZeRO 3 finish, within 1e-5 of the plain loop."""
+    """One worker under ZeRO 1 dies and may not be replaced; two under ZeRO 3 finish, within 1e-5 of the plain loop.
+
+    The log-probs of pairs that they leave equal those of the trained model computed by a stage of its own.
+    """
     from ray.train import TrainingFailedError
 
-    job = short_steps(job, max_failures=0)
+    pairs = write_pairs(rows[:30], Path(job.out).with_name("pairs.parquet"))
+    job = replace(short_steps(job, max_failures=0), pairs=str(pairs))
     Killer(Path(job.out)).start()
     with pytest.raises(TrainingFailedError):
         train(job)
@@ -164,6 +182,13 @@ def test_a_broken_run_goes_on_when_it_is_run_again_with_other_workers(
     assert furthest(result.delta, plain(job, tiny_llama, rows, make_updater)) < 1e-5
     assert tables.METRICS.read(result.metrics)["step"].to_pylist() == list(range(75))
     assert result.facts["resumed_at"] >= 4
+    apart = Path(job.out).with_name("logprobs")
+    compute_logprobs(job.base, (str(result.delta),), pairs, apart, "float32", TRAINER)
+    left, right = (tables.LOGPROBS.read(found).sort_by("id") for found in (Path(job.out) / LOGPROBS, apart))
+    assert left["id"] == right["id"]
+    for side in ("chosen", "rejected"):
+        for one, other in zip(left[side].to_pylist(), right[side].to_pylist(), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_what_the_user_can_mend_is_told_before_workers_start(job: TrainJob, tmp_path: Path) -> None:
@@ -192,20 +217,11 @@ def test_reference_logprobs_of_pairs(
 ) -> None:
     """Equal to the plain forward, over several shards; a second call computes nothing."""
     rows = with_reference(tiny_llama, make_rows(30))
-    told = {"prompt_id": "", "prompt": "", "text": "", "reference": None, "chosen": "", "rejected": ""}
-    told |= {"chosen_source": "sample", "rejected_source": "sample"}
-    tables.PAIRS.write(
-        [
-            told
-            | {"id": row.id, "prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
-            for row in rows
-        ],
-        tmp_path / "pairs.parquet",
-    )
+    pairs = write_pairs(rows, tmp_path / "pairs.parquet")
     out = tmp_path / "logprobs"
     trainer = TRAINER.model_copy(update={"workers": 2})
     for attempt in range(2):
-        result = compute_logprobs(str(tiny_llama), (), tmp_path / "pairs.parquet", out, "float32", trainer)
+        result = compute_logprobs(str(tiny_llama), (), pairs, out, "float32", trainer)
         assert result.facts["pairs"] == 30
         assert (result.facts["tokens"] > 0) == (attempt == 0)
     found = {row["id"]: row for row in tables.LOGPROBS.read(out).to_pylist()}
