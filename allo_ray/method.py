@@ -75,9 +75,8 @@ def graph(config: RunConfig) -> list[Node]:
         add("pairs", PAIRS, settings, model=backbone, prompts="prompts", samples="sample")
     else:
         settings = {"data": source(config.data), "pair": part(config.pair), "seed": seed}
-        add(
-            "pairs", READ_PAIRS, settings, model="model"
-        )  # for its tokenizer: found wrong before anything is trained
+        # The start model has the backbone's tokenizer: rows are found wrong before anything is trained.
+        add("pairs", READ_PAIRS, settings, model="model")
 
     def reference(start: str, dtype: str) -> str:
         name = "reference" if start == backbone else f"reference of {start}"
