@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from pathlib import Path
 
 import fsspec
 import ray
@@ -36,6 +37,18 @@ def check_store(store: Store) -> None:
         check_folder(str(store.work_root), remedy)
 
 
+def check_results(out: str, work: Path) -> None:
+    """Checks the output of a batch job, and the folder `work` where it prepares its rows.
+
+    Raises:
+        UserError: a node does not reach one of them; names the node.
+    """
+    check_folder(out, "Set `out` to a folder that all nodes mount at the same path, or to a URL.")
+    if "://" in out:
+        remedy = "Rows are prepared there: set ALLO_RAY_CACHE here to a folder that all nodes mount at the same path."
+        check_folder(str(work.absolute()), remedy)
+
+
 def check_folder(folder: str, remedy: str) -> None:
     """Checks one folder or URL; does nothing on a cluster of a single node.
 
@@ -45,6 +58,7 @@ def check_folder(folder: str, remedy: str) -> None:
     nodes = _alive()
     if len(nodes) < 2:
         return
+    folder = folder if "://" in folder else str(Path(folder).absolute())
     files, root = fsspec.core.url_to_fs(folder)
     place, token = f"{root.rstrip('/')}/.reach", uuid.uuid4().hex
     files.makedirs(place, exist_ok=True)

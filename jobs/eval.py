@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
 
     from allo_ray import tables
     from allo_ray.models import cached_model
+    from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress, closing
     from allo_ray.results import compare
     from allo_ray.session import cluster
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
     folders = {label: str(cached_model(model)) for label, model in config.models.items()}
     out = Path(config.out)
     with cluster(config.cluster, config.engine.pool.num_gpus):
+        check_results(config.out, out)
         with Progress(Console(stderr=True)) as lines, lines.stage("evaluate") as line:
             answers = evaluate_folders(config, folders, out, line)
     for label, rows in answers.items():

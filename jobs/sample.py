@@ -31,12 +31,14 @@ def main(arguments: list[str]) -> int:
     from allo_ray.data.tokenise import Tokeniser
     from allo_ray.engines.base import Sampling
     from allo_ray.models import cached_model, fingerprint
+    from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
     from allo_ray.session import cluster
     from allo_ray.store import work_beside
 
     work, folder = work_beside(config.out), cached_model(config.model)
     with cluster(config.cluster, config.engine.pool.num_gpus):
+        check_results(config.out, work)
         prompts = work / "prompts.parquet"
         drops = work / "drops.parquet"
         needed = config.verify is not None

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     from allo_ray.data.tokenise import Tokeniser
     from allo_ray.data.user_scores import write_user_rows
     from allo_ray.models import cached_model, fingerprint
+    from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
     from allo_ray.session import cluster
     from allo_ray.store import work_beside
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> int:
     rows = work_beside(config.out) / "score_rows.parquet"
     write_user_rows(rows, config.rows, config.columns, Tokeniser(str(folder)))
     with cluster(config.cluster, config.engine.pool.num_gpus):
+        check_results(config.out, rows.parent)
         with Progress(Console(stderr=True)) as lines, lines.stage("score") as line:
             facts = score(
                 rows,
