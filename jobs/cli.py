@@ -10,7 +10,6 @@ from allo_ray.errors import UserError
 #: Job -> what it does. Every one is a module of this package with a function main(arguments) -> exit code.
 JOBS = {
     "align": "align a model: the whole method, from data to report",
-    "tune": "search fields of a run over many trials that share what they can",
     "sample": "sample responses to many prompts, resumable",
     "score": "log-probabilities of given responses, token by token, resumable",
     "eval": "answer and score evaluation suites with any model",

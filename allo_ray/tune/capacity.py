@@ -57,8 +57,8 @@ def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
     Raises:
         UserError: not even one does; says what it needs and what there is.
     """
-    fits = {need: _copies(need.bundles, nodes) for need in needed}
-    for need, count in fits.items():
+    counts = [_copies(need.bundles, nodes) for need in needed]
+    for need, count in zip(needed, counts, strict=True):
         if count == 0:
             there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
             largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
@@ -68,7 +68,7 @@ def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
                 f"{need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
                 "cluster.num_cpus)."
             )
-    return min(fits.values())
+    return min(counts)
 
 
 def cluster_nodes() -> list[Bundle]:

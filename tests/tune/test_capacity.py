@@ -1,0 +1,80 @@
+"""How many trials fit a cluster, node by node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from allo_ray.config.load import load
+from allo_ray.config.run import RunConfig
+from allo_ray.errors import UserError
+from allo_ray.tune.capacity import concurrency, needs, room
+
+GIB = float(1 << 30)
+
+
+def config(**changes: Any) -> RunConfig:
+    cpu_only = [
+        "trainer.num_gpus=0",
+        "engine.pool.num_gpus=0",
+        "engine.pool.actors=1",
+        "model.path=tiny:llama",
+    ]
+    plain = {"trainer.workers": 1, "trainer.num_cpus": 1, "engine.pool.num_cpus": 1}
+    told = plain | {name.replace("__", "."): value for name, value in changes.items()}
+    return load("qa", [*cpu_only, *(f"{name}={value}" for name, value in told.items())])
+
+
+def node(cpus: float, gpus: float = 0, memory: float = 64 * GIB) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus, "memory": memory}
+
+
+@pytest.mark.parametrize(
+    ("run", "nodes", "fit"),
+    [
+        (config(), [node(6)], 3),
+        (config(), [node(7)], 3),
+        (config(trainer__workers=2), [node(6)], 2),
+        (config(engine__pool__actors=3), [node(8)], 2),
+        (config(trainer__workers="[1, 8]"), [node(6)], 3),
+        (config(trainer__num_cpus=4), [node(3), node(3), node(5)], 1),
+        (config(trainer__num_gpus=1), [node(64, 8)], 8),
+        (config(trainer__num_gpus=1, trainer__workers=8), [node(64, 8)] * 4, 4),
+        (config(trainer__num_gpus=4, trainer__workers=2), [node(64, 7)] * 2, 1),
+        (config(trainer__num_gpus=0.5), [node(64, 2)], 4),
+        (config(), [node(0), node(4), node(4)], 4),
+        (config(), [node(64, memory=3 * GIB)], 3),
+    ],
+)
+def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: list, fit: int) -> None:
+    """A worker each and a CPU that reads; nothing straddles two nodes."""
+    assert room(needs(run), nodes) == fit
+
+
+@pytest.mark.parametrize(
+    ("run", "nodes", "said"),
+    [
+        (config(trainer__workers=8), [node(6)], "needs 9 CPUs .*trainer.workers 8.* has 6 CPUs .* on 1 node"),
+        (config(engine__pool__num_gpus=1), [node(64)], r"needs 2 CPUs and 1 GPUs \(engine.pool.actors 1"),
+        (
+            config(trainer__num_cpus=8),
+            [node(6), node(6)],
+            "has 12 CPUs .* on 2 node.s., the largest with 6 CPUs",
+        ),
+        (config(), [], "on 0 node"),
+    ],
+)
+def test_a_cluster_too_small_for_one_trial_is_told_with_both_numbers(
+    run: RunConfig, nodes: list, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        room(needs(run), nodes)
+
+
+def test_concurrency_follows_the_cluster_and_the_users_bound() -> None:
+    assert concurrency(config(), None, [node(20)], local=False) == 10
+    assert concurrency(config(), 4, [node(20)], local=False) == 4
+    assert concurrency(config(), 40, [node(20)], local=False) == 10
+    assert concurrency(config(), 3, [node(20)], local=True) == 3
+    assert concurrency(config(engine__pool__num_cpus=1e-3), None, [node(4)], local=True) >= 1
