@@ -30,6 +30,7 @@ from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference_actor import JOB, Assignment, InferenceActor
 from allo_ray.data.inference_work import SampleWork, ScoreWork, Work
 from allo_ray.data.shards import Shards, hash_ids
+from allo_ray.data.tally import Tally, rates
 from allo_ray.engines.base import Sampling, model_facts
 from allo_ray.engines.build import engine_environment
 from allo_ray.errors import UserError
@@ -122,25 +123,26 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
         assignments.append(Assignment(str(job.model), job.work, shards))
         if missing:
             parts.append(rows.map_batches(_Missing(ray.put(done), number), batch_format="pyarrow"))
-    figures: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    tallies = [Tally() for _ in jobs]
     if parts:
         whole = parts[0].union(*parts[1:]) if parts[1:] else parts[0]
         total = sum(count["rows"] for count in counts)
         finished = sum(count["skipped"] for count in counts)
         limit = max(10, MAX_KILLED * total)
         for told in _stream(whole, engine, assignments):
-            figures[told[JOB]].append(told)
+            tally = tallies[told[JOB]]
+            tally.add(told)
             finished += told["rows"]
             if progress is not None:
-                progress.update(finished, total, "rows", **_rates(figures), **_gauges(told))
-            if sum(one["killed"] for job in figures for one in job) > limit:
+                progress.update(finished, total, "rows", **rates(tallies), **tally.gauges)
+            if sum(one.sums["killed"] for one in tallies) > limit:
                 raise UserError(
                     f"{jobs[told[JOB]].out}: more than {limit:.0f} rows killed their engine; see rejected/ there. "
                     "The model does not fit the memory, or its rows are not what it reads."
                 )
     out = []
-    for job, count, told in zip(jobs, counts, figures, strict=True):
-        facts = {"table": str(job.out), **count, **_summary(told, started)}
+    for job, count, tally in zip(jobs, counts, tallies, strict=True):
+        facts = {"table": str(job.out), **count, **tally.summary(started)}
         job.shards.summarise(facts)
         out.append(facts)
     return out
@@ -265,41 +267,3 @@ def _check_architectures(jobs: Sequence[Job]) -> None:
             raise UserError(
                 f"{model} and {first} differ in architecture ({told}, {shapes[first]}): run them apart."
             )
-
-
-def _rates(figures: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    every = [one for job in figures for one in job]
-    seconds = max(one["ended"] for one in every) - min(one["ready"] for one in every)
-    return {
-        "tokens_in_per_second": sum(one["tokens_in"] for one in every) / max(seconds, 1e-3),
-        "tokens_out_per_second": sum(one["tokens_out"] for one in every) / max(seconds, 1e-3),
-    }
-
-
-def _gauges(told: dict[str, Any]) -> dict[str, float]:
-    share = told["cached_tokens"] / max(1, told["prompt_tokens"])
-    return {"running": told["running"], "waiting": told["waiting"], "cached": share}
-
-
-def _summary(told: Sequence[dict[str, Any]], started: float) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        name: sum(one[name] for one in told) for name in ("rejected", "killed", "tokens_in", "tokens_out")
-    }
-    if not told:
-        return facts | {"seconds": 0.0, "startup_seconds": time.time() - started, "engine_seconds": 0.0}
-    ready = min(one["ready"] for one in told)
-    seconds = max(one["ended"] for one in told) - min(one["started"] for one in told)
-    return facts | {
-        "seconds": seconds,
-        "startup_seconds": max(0.0, ready - started),
-        "engine_seconds": max(one["engine_seconds"] for one in told),
-        "actors": len({one["actor"] for one in told}),
-        "cpu_seconds": sum(
-            max(one["cpu_seconds"] for one in told if one["actor"] == actor)
-            for actor in {one["actor"] for one in told}
-        ),
-        "peak_private_bytes": max(one["private_bytes"] for one in told),
-        "tokens_in_per_second": facts["tokens_in"] / max(seconds, 1e-3),
-        "tokens_out_per_second": facts["tokens_out"] / max(seconds, 1e-3),
-        "cached": _gauges(told[-1])["cached"],
-    }

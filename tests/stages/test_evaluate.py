@@ -110,6 +110,7 @@ def test_the_divergence_of_one_token_responses_is_the_exact_one(
             "engine.max_model_len=64",
             "engine.pool={kv_cache_gib: 0.05, max_num_batched_tokens: 256, max_num_seqs: 16}",
             f"sample={{n: {SAMPLES}, temperature: 1, top_p: 1, max_tokens: 1}}",
+            f"evaluate.kl_samples={PROMPTS * SAMPLES}",
             "evaluate.suites=[{name: transfer, limit: 3}]",
         ],
     )
