@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, SuiteConfig, VerifyConfig
@@ -42,11 +42,18 @@ class ScoreJob(Section):
     #: JSONL or Parquet: files, a folder or a pattern on any file system.
     rows: str
     columns: ScoreColumns = ScoreColumns()
-    #: Model whose tokens the scores are for (its tokenizer); the scoring model itself by default.
+    #: Model whose tokens the scores are for (its tokenizer); the scoring model itself by default. Ids in the rows are
+    #: then its own, and the scores of its tokens are written to `token_scores.parquet`.
     policy: ModelConfig | None = None
     logprobs: bool = False
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _policy_takes_probabilities(self) -> ScoreJob:
+        if self.policy is not None and self.logprobs:
+            raise ValueError("policy carries probabilities over to other tokens: set logprobs: false")
+        return self
 
 
 class EvalJob(Section):

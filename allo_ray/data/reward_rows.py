@@ -6,7 +6,8 @@ the prediction itself, as if it were written again without a correction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +55,44 @@ def write_score_rows(
 def write_token_scores(
     out: str | Path, *, pairs: str | Path, raw: str | Path, policy: Tokeniser, reward: Tokeniser
 ) -> dict[str, int]:
-    """Writes TOKEN_SCORES on the policy's tokens from those on the reward model's; pairs without a score are counted.
+    """Writes TOKEN_SCORES of all PAIRS' rejected responses; see `write_carried_scores`."""
+    rows = stream(tables.PAIRS, pairs, ["id", "rejected_ids"])
+    responses = ((pair["id"], pair["rejected_ids"]) for pair in rows)
+    return write_carried_scores(out, responses=responses, raw=raw, policy=policy, reward=reward)
+
+
+def write_carried_scores(
+    out: str | Path,
+    *,
+    responses: Iterable[tuple[str, list[int]]],
+    raw: str | Path,
+    policy: Tokeniser,
+    reward: Tokeniser,
+) -> dict[str, int]:
+    """Writes TOKEN_SCORES on the policy's tokens from those on the reward model's; responses without a score count.
 
     Where both tokenizers are the same the scores only pass through, their lengths asserted.
+
+    Args:
+        responses: (id, the policy's own token ids).
+
+    Returns:
+        rows, unscored.
     """
     same = reward.same_as(policy)
     facts = {"rows": 0, "unscored": 0}
     out = Path(out)
 
     def rows(scores: Lookup) -> Iterator[dict[str, Any]]:
-        chunk: list[dict[str, Any]] = []
-        for pair in stream(tables.PAIRS, pairs, ["id", "rejected_ids"]):
-            chunk.append(pair)
-            if len(chunk) == BATCH_ROWS:
-                yield from _scored(chunk, scores)
-                chunk = []
-        yield from _scored(chunk, scores)
-
-    def _scored(chunk: list[dict[str, Any]], scores: Lookup) -> Iterator[dict[str, Any]]:
-        at = scores.find([pair["id"] for pair in chunk])
-        facts["unscored"] += int((at < 0).sum())
-        have = [pair for pair, row in zip(chunk, at, strict=True) if row >= 0]
-        for pair, score in zip(have, scores.take(at[at >= 0]), strict=True):
-            p_re = score["p_re"]
-            if not same:
-                p_re = carry_over(policy, reward, pair["rejected_ids"], p_re).tolist()
-            assert len(p_re) == len(pair["rejected_ids"]), f"pair {pair['id']}: one score for each token"
-            yield {"id": pair["id"], "p_re": p_re}
+        waiting = iter(responses)
+        while chunk := list(islice(waiting, BATCH_ROWS)):
+            at = scores.find([name for name, _ in chunk])
+            facts["unscored"] += int((at < 0).sum())
+            have = [one for one, row in zip(chunk, at, strict=True) if row >= 0]
+            for (name, ids), score in zip(have, scores.take(at[at >= 0]), strict=True):
+                p_re = score["p_re"] if same else carry_over(policy, reward, ids, score["p_re"]).tolist()
+                assert len(p_re) == len(ids), f"{name}: one score for each token"
+                yield {"id": name, "p_re": p_re}
 
     with Lookup(tables.TOKEN_SCORES, raw, out.parent) as scores:
         facts["rows"] = write_stream(tables.TOKEN_SCORES, rows(scores), out)

@@ -1,0 +1,74 @@
+"""`allo score` as a user runs it, with a policy whose tokens are not the scoring model's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allo_ray import tables
+from allo_ray.config.jobs import ScoreJob
+from allo_ray.config.load import load_as
+from allo_ray.data.align_tokens import carry_over
+from allo_ray.data.tokenise import Tokeniser
+from allo_ray.errors import UserError
+from allo_ray.models import tiny_model
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    """A model whose tokenizer knows no merges: one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tiny_model("qwen", tmp_path / "policy")
+    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_scores_are_carried_over_to_the_policys_tokens(
+    policy: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Every byte of the response takes the probability of the scoring model's token that holds it."""
+    answers = [" The answer is 42", " café 你", "17"]
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"name": str(at), "context": "17 + 25 =", "response": text} for at, text in enumerate(answers)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tmp_path / "score.yaml"
+    told = {"out": str(tmp_path / "out"), "rows": str(rows), "columns": {"id": "name"}}
+    told |= {"model": {"path": str(tiny_llama)}, "policy": {"path": str(policy)}}
+    told["engine"] = {"kind": "transformers", "dtype": "float32", "max_model_len": 256}
+    config.write_text(yaml.safe_dump(told))
+    command = [sys.executable, "-m", "jobs.score", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["carried"] == {"rows": 3, "unscored": 0}
+
+    raw = {
+        row["id"]: row["p_re"] for row in tables.TOKEN_SCORES.read(tmp_path / "out" / "scores").to_pylist()
+    }
+    found = tables.TOKEN_SCORES.read(tmp_path / "out" / "token_scores.parquet").to_pylist()
+    ours, theirs = Tokeniser(str(policy)), Tokeniser(str(tiny_llama))
+    for row in found:
+        text = answers[int(row["id"])]
+        assert len(row["p_re"]) == len(text.encode())
+        assert len(raw[row["id"]]) == len(theirs.plain(text)) < len(row["p_re"])
+        assert row["p_re"] == pytest.approx(
+            carry_over(ours, theirs, ours.plain(text), raw[row["id"]]).tolist()
+        )
+
+
+def test_log_probs_are_not_carried_over(tmp_path: Path) -> None:
+    config = tmp_path / "score.yaml"
+    told = {"out": "out", "rows": "rows.jsonl", "model": {"path": "tiny:llama"}, "logprobs": True}
+    config.write_text(yaml.safe_dump(told | {"policy": {"path": "tiny:qwen"}}))
+    with pytest.raises(UserError, match="set logprobs: false"):
+        load_as(ScoreJob, config)
