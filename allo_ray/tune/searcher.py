@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from allo_ray.report.campaign_figures import worded
 from allo_ray.tune.measure import value_of
 from allo_ray.tune.records import Record, Records
 from allo_ray.tune.search import suggest
-from allo_ray.tune.trial import OBJECTIVE, STEP
+from allo_ray.tune.trial import FOUND, OBJECTIVE, STEP
 from allo_ray.tune.watch import Watch
 
 
@@ -47,7 +48,7 @@ class CampaignSearcher(Searcher):
         """Notes what a trial reports before it ends."""
         if result.get(STEP) == 1:
             record = self._running[trial_id]
-            record.early = result["scores"]
+            record.early = json.loads(result[FOUND])["scores"]
             self.records.save(record)
 
     def on_trial_complete(
@@ -55,8 +56,9 @@ class CampaignSearcher(Searcher):
     ) -> None:
         """Notes how a trial ended."""
         record, told = self._running.pop(trial_id), result or {}
+        found = json.loads(told.get(FOUND, "{}"))
         record.seconds = told.get("seconds", 0.0)
-        record.artifacts = told.get("artifacts", {})
+        record.artifacts = found.get("artifacts", {})
         if error:
             trace = self.watch.trace(record.number)
             record.state, record.error = (
@@ -64,13 +66,17 @@ class CampaignSearcher(Searcher):
                 trace or "its process died, more often than it was tried again",
             )
         elif told.get(STEP) == 2:
-            record.state, record.scores = "finished", told["scores"]
+            record.state, record.scores = "finished", found["scores"]
         elif told.get(STEP) == 1:
-            record.state, record.early = "stopped early", told["scores"]
+            record.state, record.early = "stopped early", found["scores"]
         else:
             record.state, record.error = "failed", told.get("error", "it ended without a result")
         self.records.save(record)
         self.watch.ended(record.number, self._words(record))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher when it starts."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: see the class."""

@@ -6,6 +6,7 @@ own reservation (Ray Data and Ray Train leave the placement group that Tune puts
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import traceback
@@ -27,8 +28,8 @@ from allo_ray.store import Store
 from allo_ray.tune.measure import EVALUATE, scores_of, value_of
 from allo_ray.tune.sharing import Graph, early_part
 
-#: What a trial reports: how far it is (1: it has forgotten, 2: it is complete), and what it is searched for by.
-STEP, OBJECTIVE = "step", "objective"
+#: What a trial reports: how far it is (1: it has forgotten, 2: it is complete), what it is judged by, and the rest.
+STEP, OBJECTIVE, FOUND = "step", "objective", "found"
 #: Seconds between two words of a trial on what it does.
 TOLD_EVERY = 2.0
 #: Finished stages, stages, what it does.
@@ -90,9 +91,9 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
             )
             objective, *_ = [value_of(goal, scores) for goal in goals if goal is not None]
             seconds = round(time.perf_counter() - started, 1)
-            tune.report(
-                {STEP: step, OBJECTIVE: objective, "scores": scores, "artifacts": made, "seconds": seconds}
-            )
+            # As text: Tune flattens what is nested before it reaches the searcher.
+            found = json.dumps({"scores": scores, "artifacts": made})
+            tune.report({STEP: step, OBJECTIVE: objective, FOUND: found, "seconds": seconds})
     except UserError as error:
         tune.report({STEP: 0, "error": str(error), "seconds": round(time.perf_counter() - started, 1)})
     except Exception:

@@ -1,0 +1,171 @@
+"""What sharing saves: a campaign on the smoke preset beside runs that share nothing, by compute.
+
+    python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4] [--alone 2]
+
+The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Beside it run
+`--alone` of its trials as `allo align` with an empty store each, multiplied to as many as the campaign has. Campaign
+and runs are processes of their own, one after the other, with clusters of their own.
+
+Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
+and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side
+include waiting. `ratio.compute_vs_independent` is by CPU time. `equal` says whether a trial that was run alone gave the
+same models, bit for bit, and the same scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from allo_ray.config.tune import SHORT
+from allo_ray.tune.records import Record, Records
+
+GRIDS = {
+    4: {"k1": "grid(0.05, 0.1)", "k2": "grid(0.1, 0.2)"},
+    16: {"k1": "grid(0.05, 0.1)", "u": "grid(0.9, 0.95)", "k2": "grid(0.1, 0.2)", "v": "grid(0.2, 0.4)"},
+}
+
+
+class CpuClock(threading.Thread):
+    """CPU seconds of a process and all below it, also of those that have ended."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._root = psutil.Process(pid)
+        self._seen: dict[tuple[int, float], float] = {}
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        while not self._stop.wait(0.5):
+            self._look()
+
+    def seconds(self) -> float:
+        """Ends the clock."""
+        self._stop.set()
+        self.join()
+        return sum(self._seen.values())
+
+    def _look(self) -> None:
+        try:
+            processes = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in processes:
+            try:
+                told = process.cpu_times()
+                self._seen[process.pid, process.create_time()] = told.user + told.system
+            except psutil.NoSuchProcess:
+                continue
+
+
+def job(*words: str) -> tuple[float, float]:
+    """Runs `python -m jobs.cli WORDS`; returns its CPU seconds and its seconds by the clock."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "jobs.cli", *words],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    clock = CpuClock(process.pid)
+    clock.start()
+    code = process.wait()
+    spent = clock.seconds()
+    if code != 0:
+        raise SystemExit(f"allo {' '.join(words)} ended with {code}")
+    return spent, time.perf_counter() - started
+
+
+def campaign(folder: Path, trials: int, concurrent: int) -> dict[str, Any]:
+    """The campaign's figures; its trials are under `records`."""
+    told = {
+        "name": "shared",
+        "base": "smoke",
+        "set": {"store": str(folder / "store"), "runs": str(folder / "runs")},
+        "space": GRIDS[trials],
+        "searcher": "grid",
+        "objective": {"suite": "held-out"},
+        "concurrent": concurrent,
+        "cluster": {"num_cpus": 2 * concurrent},
+    }
+    (folder / "campaign.yaml").write_text(yaml.safe_dump(told))
+    cpu, wall = job("tune", "--config", str(folder / "campaign.yaml"))
+    summary = json.loads((folder / "runs" / "shared" / "summary.json").read_text())
+    return {
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "stage_seconds": summary["stage_seconds"]["spent"],
+        "finished": summary["trials"].get("finished", 0),
+        "stages": summary["stages"],
+        "records": list(Records(folder / "runs" / "shared")),
+    }
+
+
+def alone(folder: Path, shared: Path, record: Record) -> dict[str, Any]:
+    """One trial as a run of its own, with an empty store; `equal` where its trained deltas have the trial's bytes."""
+    settings = {SHORT[name]: value for name, value in record.values.items()}
+    settings |= {"name": "alone", "store": str(folder / "store"), "runs": str(folder / "runs")}
+    cpu, wall = job(
+        "align", "--config", "smoke", *(f"--set={name}={value}" for name, value in settings.items())
+    )
+    summary = json.loads((folder / "runs" / "alone" / "summary.json").read_text())
+    models = [Path(record.artifacts[name]) / "delta.safetensors" for name in ("warmup", "forget", "learn")]
+    same = [
+        (folder / "store" / file).read_bytes() == (shared / "store" / file).read_bytes() for file in models
+    ]
+    scores = [summary["models"][label]["held-out"]["accuracy"] for label in record.scores]
+    return {
+        "values": record.values,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "stage_seconds": sum(stage["seconds"] for stage in summary["stages"] if not stage["cached"]),
+        "equal": all(same)
+        and scores == [suites["held-out"]["accuracy"] for suites in record.scores.values()],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--trials", type=int, default=16, choices=sorted(GRIDS))
+    parser.add_argument("--concurrent", type=int, default=4)
+    parser.add_argument("--alone", type=int, default=2)
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(number) for number in range(told.alone + 1)]
+        for folder in folders:
+            folder.mkdir()
+        shared = campaign(folders[0], told.trials, told.concurrent)
+        records = shared.pop("records")
+        chosen = [records[-1 - 5 * number % len(records)] for number in range(told.alone)]
+        runs = [alone(one, folders[0], record) for one, record in zip(folders[1:], chosen, strict=True)]
+
+    def independent(figure: str) -> float:
+        return told.trials * sum(run[figure] for run in runs) / len(runs)
+
+    out = {
+        "trials": told.trials,
+        "at_a_time": told.concurrent,
+        "campaign": shared,
+        "alone": runs,
+        "ratio": {
+            "compute_vs_independent": shared["cpu_seconds"] / independent("cpu_seconds"),
+            "stage_seconds_vs_independent": shared["stage_seconds"] / independent("stage_seconds"),
+        },
+    }
+    Path(told.json).write_text(json.dumps(out, indent=1))
+    print(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()
