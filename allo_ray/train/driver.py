@@ -193,7 +193,6 @@ class _Watch:
 
     def __enter__(self) -> None:
         if self.progress is not None:
-            self.progress.update(0, self.steps, "step")
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
