@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from allo_ray.errors import UserError
+from allo_ray.session import quiet
 
 #: Job -> what it does. Every one is a module of this package with a function main(arguments) -> exit code.
 JOBS = {
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(module: str, arguments: list[str]) -> int:
     """Runs a job's main(arguments) and turns a user error into a message and exit code 2."""
+    quiet()
     try:
         return import_module(module).main(arguments)
     except UserError as error:

@@ -192,7 +192,6 @@ class _Watch:
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> None:
-        if self.progress is not None:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:

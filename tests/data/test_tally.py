@@ -24,7 +24,12 @@ def test_figures_of_three_shards_by_two_actors() -> None:
     assert tally.summary(called=1.0) == {
         **{"rejected": 3, "killed": 0, "tokens_in": 300, "tokens_out": 150, "seconds": 10.0},
         **{"startup_seconds": 9.0, "engine_seconds": 3.0, "actors": 2, "cpu_seconds": 7.0},
-        **{"peak_private_bytes": 9, "tokens_in_per_second": 30.0, "tokens_out_per_second": 15.0, "cached": 0.25},
+        **{
+            "peak_private_bytes": 9,
+            "tokens_in_per_second": 30.0,
+            "tokens_out_per_second": 15.0,
+            "cached": 0.25,
+        },
     }
     assert tally.gauges == {"running": 4, "waiting": 5, "cached": 0.25}
 
