@@ -2,9 +2,9 @@
 
     python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4] [--alone 2]
 
-The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Beside it run
-`--alone` of its trials as `allo align` with an empty store each, multiplied to as many as the campaign has. Campaign
-and runs are processes of their own, one after the other, with clusters of their own.
+The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Beside it
+run `--alone` of its trials as `allo align` with an empty store each, multiplied to as many as the campaign has. All
+are processes of their own, one after the other, with clusters of their own.
 
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side

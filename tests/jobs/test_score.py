@@ -38,7 +38,7 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     policy: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Every byte of the response takes the probability of the scoring model's token that holds it."""
-    answers = [" The answer is 42", " café 你", "17"]
+    answers = [" The answer is 42", " The café 你", "17"]
     rows = tmp_path / "rows.jsonl"
     lines = [{"name": str(at), "context": "17 + 25 =", "response": text} for at, text in enumerate(answers)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -50,7 +50,8 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     command = [sys.executable, "-m", "jobs.score", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["carried"] == {"rows": 3, "unscored": 0}
+    summary = json.loads(done.stdout[("\n" + done.stdout).rindex("\n{") :])
+    assert summary["carried"] == {"rows": 3, "unscored": 0}
 
     raw = {
         row["id"]: row["p_re"] for row in tables.TOKEN_SCORES.read(tmp_path / "out" / "scores").to_pylist()
@@ -60,7 +61,7 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     for row in found:
         text = answers[int(row["id"])]
         assert len(row["p_re"]) == len(text.encode())
-        assert len(raw[row["id"]]) == len(theirs.plain(text)) < len(row["p_re"])
+        assert len(raw[row["id"]]) == len(theirs.plain(text)) <= len(row["p_re"])
         assert row["p_re"] == pytest.approx(
             carry_over(ours, theirs, ours.plain(text), raw[row["id"]]).tolist()
         )
