@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -69,6 +70,20 @@ def chatter_to(path: Path) -> Iterator[Console]:
         terminal.close()
 
 
+def start_local(**options: Any) -> None:
+    """Starts a Ray cluster on this machine. Ray gives up after 30 s, which a busy machine may need: so three times."""
+    import ray
+
+    for attempt in range(3):
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, **options)
+            return
+        except Exception as error:  # Ray raises this very class
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == 2:
+                raise
+
+
 @contextmanager
 def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
     """Joins the cluster that `config` or the environment names, or starts one on this machine for the time.
@@ -88,7 +103,7 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
             ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
-            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            start_local(num_cpus=cpus, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cluster.address {address}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a "

@@ -34,6 +34,8 @@ def ray_cluster() -> Iterator[None]:
     """One local cluster for the whole session; more logical CPUs than cores, or tasks wait for each other for ever."""
     import ray
 
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    from allo_ray.session import start_local
+
+    start_local(num_cpus=6, ignore_reinit_error=True)
     yield
     ray.shutdown()
