@@ -20,7 +20,7 @@ from allo_ray.models import neurons_of
 
 Bundle = Mapping[str, float]
 
-#: What the process of a trial itself takes: interpreter, torch, Ray; measured 0.6 to 0.9 GiB.
+#: Set aside for the process of a trial itself: interpreter, torch, Ray. A generous guess.
 TRIAL: Bundle = {"memory": float(1 << 30)}
 #: The task that reads rows for a stage.
 READER: Bundle = {"CPU": 1.0}
