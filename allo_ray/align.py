@@ -83,15 +83,20 @@ def check(config: RunConfig, store: Store) -> None:
 
 
 def explain(config: RunConfig) -> None:
-    """Prints the resolved config, the stages with what is cached, and the estimates; starts nothing."""
+    """Prints the resolved config, the stages with what is cached, and the estimates; starts nothing.
+
+    Raises:
+        UserError: as `check`, once all is printed.
+    """
     console = Console()
     store = Store(config.store)
-    check(config, store)
     console.print(dump(config), highlight=False, markup=False)
     for item in pipeline.plan(method.graph(config), store):
         reads = ", ".join(dict.fromkeys(item.node.inputs.values())) or "-"
         state = "cached" if item.artifact is not None else "to do"
-        console.print(f"{state:7} {item.node.name:28} {item.key}  reads: {reads}", highlight=False)
+        console.print(
+            f"{state:7} {item.node.name:28} {item.key}  reads: {reads}", highlight=False, soft_wrap=True
+        )
     needed = estimate.estimate(config, neurons_of(config.model))
     console.print("\nEstimates (arithmetic, see allo_ray/estimate.py):", highlight=False)
     for stage, size in needed.training.items():
@@ -102,3 +107,4 @@ def explain(config: RunConfig) -> None:
     console.print(
         f"  disk, store and run              {needed.disk / estimate.GIB:6.1f} GiB", highlight=False
     )
+    check(config, store)
