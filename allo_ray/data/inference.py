@@ -131,7 +131,7 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
         shards.claim(job.params(engine))
         rows = _open(job)
         done = shards.done()
-        total, missing = _count(job, done)
+        total, missing = count_rows(job, done)
         counts.append({"rows": total, "skipped": total - missing})
         assignments.append(Assignment(str(job.model), job.work, shards))
         if missing:
@@ -265,7 +265,7 @@ def _ids(job: Job) -> Iterator[list[str]]:
             yield batch.column("id").to_pylist()
 
 
-def _count(job: Job, done: np.ndarray) -> tuple[int, int]:
+def count_rows(job: Job, done: np.ndarray) -> tuple[int, int]:
     """Rows in all and rows without a result. Raises UserError where an id occurs twice."""
     seen = [np.zeros(0, "S12")]
     missing = 0
