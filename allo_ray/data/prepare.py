@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -184,7 +183,7 @@ def _prepare(work: _Work, out: Path, drops: Path) -> dict[str, int]:
                 block = block.slice(0, None if config.limit is None else config.limit - counts["rows"])
                 counts["rows"] += len(block)
                 good = block.column("_reason").is_null()
-                removed, kept = block.filter(pc.invert(good)), block.filter(good)
+                removed, kept = block.filter(block.column("_reason").is_valid()), block.filter(good)
                 counts["broke_a_rule"] += len(removed)
                 dropped.add(removed)
                 hashes.append(hash_ids(kept.column("id").to_pylist()))
@@ -216,7 +215,8 @@ class _Dropped:
     """The file DROPS under way; holds the first row and the number of rows."""
 
     def __init__(self, path: Path) -> None:
-        self.count, self.first = 0, None
+        self.count = 0
+        self.first: dict[str, Any] | None = None
         self._writer = pq.ParquetWriter(path, _BESIDE, compression="zstd")
 
     def add(self, block: pa.Table, **told: str) -> None:
