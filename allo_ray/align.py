@@ -79,7 +79,10 @@ def check(config: RunConfig, store: Store) -> None:
     check_source(config.data)
     if config.sft is not None and config.sft.data is not None:
         check_source(config.sft.data)
-    estimate.check(config, estimate.estimate(config, neurons_of(config.model)), store)
+    neurons = neurons_of(config.model)
+    estimate.check(config, estimate.estimate(config, neurons), store)
+    for key, count in {"model.path": neurons, **estimate.other_models(config)}.items():
+        estimate.check_engine(config.engine, count, key, config.cluster.address)
 
 
 def explain(config: RunConfig) -> None:

@@ -328,6 +328,12 @@ def listening(host: str, port: int, timeout: float = 1.0) -> bool:
         return False
 
 
+def gpu_bytes() -> int | None:
+    """Memory of this machine's smallest GPU, None where the driver shows none."""
+    sizes = [line.rpartition(",")[2].split() for line in _gpus()]
+    return min((int(size[0]) << 20 for size in sizes if size and size[0].isdigit()), default=None)
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -6,13 +6,16 @@ float32 value, gradient and two moments, and its int32 index where not all are t
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-import psutil
-
+from allo_ray.config.engine import EngineConfig
+from allo_ray.config.model import ModelConfig
 from allo_ray.config.run import RunConfig
 from allo_ray.config.train import TrainConfig
+from allo_ray.doctor import gpu_bytes, memory
 from allo_ray.errors import UserError
+from allo_ray.models import neurons_of
 from allo_ray.store import Store
 
 GIB = 1 << 30
@@ -25,7 +28,7 @@ MEASURED_NEURONS = 134_515_008
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training worker by stage, bytes of an engine, and bytes of disk in the store and the run."""
+    """Bytes of one training worker by stage, bytes of the largest engine, bytes of disk in the store and the run."""
 
     training: dict[str, int]
     engine: int
@@ -33,9 +36,14 @@ class Estimate:
 
 
 def estimate(config: RunConfig, neurons: int) -> Estimate:
-    """Returns what the stages of `config` take for a model of `neurons` values."""
+    """Returns what the stages of `config` take for a model of `neurons` values.
 
-    def worker(train: TrainConfig, k: float) -> int:
+    Raises:
+        UserError: the config names another model, which is not there.
+    """
+    others = other_models(config)
+
+    def worker(train: TrainConfig, k: float, neurons: int = neurons) -> int:
         weight = 2 if train.dtype == "bfloat16" else 4
         if k == 1 and train.dtype == "float32":
             weight = 0  # a dense float32 weight shares its storage with the value
@@ -59,8 +67,9 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
         training["sft"] = worker(config.sft, 1.0)
         disk += 6 * neurons
     if config.reward is not None and config.forget is not None:
-        training["reward"] = worker(config.reward, 1.0)
-        disk += 6 * neurons
+        scorer = others.get("reward.model", neurons)
+        training["reward"] = worker(config.reward, 1.0, scorer)
+        disk += 6 * scorer
     if config.forget is not None:
         training["forget"] = worker(config.forget, config.forget.k)
         disk += int(8 * config.forget.k * neurons)
@@ -71,8 +80,66 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
         training[f"baseline {name}"] = worker(baseline, baseline.k)
         disk += int((4 if baseline.k == 1 else 8 * baseline.k) * neurons)
     disk += 2 * neurons  # the model under evaluation, while it is
-    engine = 2 * neurons + int(config.engine.pool.kv_cache_gib * GIB) + PROCESS_BYTES
-    return Estimate(training, engine, disk)
+    return Estimate(training, engine_bytes(config.engine, max(neurons, *others.values(), 0)), disk)
+
+
+def other_models(config: RunConfig) -> dict[str, int]:
+    """Neurons of the models that engines run beside the backbone, by the setting that names each.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    told = {
+        "reward.model": config.reward.model if config.reward is not None else None,
+        "rewrite.model": config.rewrite.model
+        if config.rewrite is not None and config.rewrite.kind == "model"
+        else None,
+    }
+    return {key: neurons_of(ModelConfig(path=path)) for key, path in told.items() if path is not None}
+
+
+def engine_bytes(engine: EngineConfig, neurons: int) -> int:
+    """Memory of one engine on the CPU for a model of `neurons` values."""
+    cache = int(engine.pool.kv_cache_gib * GIB) if engine.kind == "vllm" else 0
+    return _weight_bytes(engine, neurons) + cache + PROCESS_BYTES
+
+
+def _weight_bytes(engine: EngineConfig, neurons: int) -> int:
+    return neurons * (2 if engine.dtype == "bfloat16" else 4)
+
+
+def check_engine(engine: EngineConfig, neurons: int, key: str, address: str | None) -> None:
+    """Compares the engines of a model with this machine; on a cluster, whose nodes may come later, does nothing.
+
+    `key` is the setting that names the model, `address` the setting cluster.address.
+
+    Raises:
+        UserError: they do not fit; says by how much, and what to change.
+    """
+    if address or os.environ.get("RAY_ADDRESS"):
+        return
+    pool = engine.pool
+    weights = _weight_bytes(engine, neurons)
+    named = f"{key}: the weights take {weights / GIB:.1f} GiB in {engine.dtype}"
+    if pool.num_gpus:
+        room = gpu_bytes()
+        if room is not None and weights / pool.tensor_parallel > pool.gpu_memory_utilization * room:
+            raise UserError(
+                f"{named}; a GPU here has {room / GIB:.1f} GiB, of which engine.pool.gpu_memory_utilization = "
+                f"{pool.gpu_memory_utilization:g} may be used. Raise engine.pool.tensor_parallel (now "
+                f"{pool.tensor_parallel}), take a smaller model, or join a cluster with larger GPUs (cluster.address)."
+            )
+        return
+    actors = pool.actors if isinstance(pool.actors, int) else pool.actors[0]
+    each = engine_bytes(engine, neurons)
+    available = memory()[1]
+    if actors * each > available:
+        cache = f" and its cache {pool.kv_cache_gib:g} GiB" if engine.kind == "vllm" else ""
+        raise UserError(
+            f"{named}{cache}: with the program itself {each / GIB:.1f} GiB for each of {actors} engine(s), "
+            f"{available / GIB:.1f} GiB are available. Lower engine.pool.actors or engine.pool.kv_cache_gib, take a "
+            "smaller model, or join a cluster with larger machines (cluster.address)."
+        )
 
 
 def check(config: RunConfig, needed: Estimate, store: Store) -> None:
@@ -94,7 +161,7 @@ def check(config: RunConfig, needed: Estimate, store: Store) -> None:
         -config.cluster.parallel_stages :
     ]
     most = workers * sum(needed.training[stage] for stage in largest)
-    available = psutil.virtual_memory().available
+    available = memory()[1]
     if most > available:
         raise UserError(
             f"{' and '.join(largest)} need about {most / GIB:.1f} GiB of memory ({workers} worker(s) each), "

@@ -51,16 +51,16 @@ def quiet() -> None:
 
 
 @contextmanager
-def chatter_to(path: Path) -> Iterator[Console]:
+def chatter_to(path: Path, stderr: bool = False) -> Iterator[Console]:
     """Sends all that this process prints to the file `path`, down to its C++ parts; yields a console for the user.
 
-    The console writes where stdout went before, and is as wide and as colourful as it was.
+    The console writes where stdout (or stderr) went before, and is as wide and as colourful as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    terminal = os.fdopen(os.dup(2 if stderr else 1), "w", buffering=1)
     with path.open("ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -47,6 +47,7 @@ def _llm(config: EngineConfig, model: str) -> Any:
         max_model_len=config.max_model_len,
         max_num_batched_tokens=max(pool.max_num_batched_tokens, config.max_model_len),
         max_num_seqs=pool.max_num_seqs,
+        **({"gpu_memory_utilization": pool.gpu_memory_utilization} if pool.num_gpus else {}),
         # Seeded requests whose prompts are cut into chunks end vLLM 0.32 on the CPU.
         enable_chunked_prefill=pool.num_gpus > 0,
         enforce_eager=pool.num_gpus == 0,

@@ -4,8 +4,8 @@
 
 Both give the same prompts, seeds and sampling parameters (temperature 0.7, top_p 0.95, responses of up to 64 tokens
 that end where the model ends them). Reported: tokens generated a second of steady state, without start-up, by wall
-clock and by CPU time (which a busy machine disturbs less); start-up; what it costs to resume; sizes on disk; and
-what these constants say of 10 million prompts x 10 samples on 64 GPUs.
+clock and by CPU time (which a busy machine disturbs less); start-up; what it costs to resume; sizes on disk. A ratio
+is the median over the rounds of ours to theirs in the same round. What a job of millions costs: `benchmarks.at_scale`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 from transformers import AutoTokenizer
 
 from allo_ray import tables
 from allo_ray.config.engine import EngineConfig, EngineResources
-from allo_ray.data.inference import sample
+from allo_ray.data.inference import INDEXED_FILES, Job, count_rows, sample
+from allo_ray.data.inference_work import SampleWork
+from allo_ray.data.shard_index import Answered
 from allo_ray.data.shards import Shards, name_of
 from allo_ray.engines.base import Sampling, sample_seed
 from allo_ray.models import smollm2
@@ -73,37 +76,28 @@ def ours(config: EngineConfig, model: Path, rows: pa.Table, n: int, out: Path) -
 
 
 def resume(rows: int, per_shard: int, folder: Path) -> dict[str, float]:
-    """Seconds to find out what is done in a folder of `rows` prompts, and bytes of a shard's row."""
-    shards = Shards(str(folder), tables.SAMPLES, "prompt_id")
+    """Seconds to find out that all is done in a folder of `rows` prompts, as a finished job leaves it."""
+    shards = Shards(str(folder / "out"), tables.SAMPLES, "prompt_id")
     shards.claim({})
+    names = [f"{i:016x}" for i in range(rows)]
+    pq.write_table(pa.table({"id": names}), folder / "ids.parquet")
     text = "We add 3 and 4: 3 + 4 = 7. The answer is 7."
-    for first in range(0, rows, per_shard):
-        ids = [f"{i:016x}" for i in range(first, min(rows, first + per_shard))]
-        row = {"index": 0, "seed": 1, "text": text, "response_ids": list(range(20)), "finish_reason": "stop"}
+    row = {"index": 0, "seed": 1, "text": text, "response_ids": list(range(20)), "finish_reason": "stop"}
+    chunks = [names[first : first + per_shard] for first in range(0, rows, per_shard)]
+    files = [
         shards.publish(
             name_of(ids),
             [{"id": one, "prompt_id": one, "answer": None, "verdict": None} | row for one in ids],
         )
+        for ids in chunks
+    ]
+    for first in range(0, len(files), INDEXED_FILES):
+        some = slice(first, first + INDEXED_FILES)
+        shards.index(Answered.of(files[some], chunks[some]))
+    job = Job(folder / "ids.parquet", "", SampleWork(SAMPLING, 1, 0), shards.url)
     start = time.perf_counter()
-    assert len(shards.done()) == rows
-    return {"rows": rows, "shards": -(-rows // per_shard), "seconds": time.perf_counter() - start}
-
-
-def at_scale(row_bytes: float, resume_seconds_a_shard: float) -> dict[str, float]:
-    """10 million prompts x 10 samples on 64 GPUs, from measured sizes and one assumed speed.
-
-    Assumed: 5,000 tokens/s out of one GPU (a 7B model, bf16, vLLM), 200 tokens a response, batches of 256 requests.
-    """
-    prompts_all, n, gpus, tokens, speed, batch = 10e6, 10, 64, 200, 5000, 256
-    shards = prompts_all * n / batch
-    return {
-        "hours": prompts_all * n * tokens / (gpus * speed) / 3600,
-        "shards": shards,
-        "shards_a_second": gpus * speed / (tokens * batch),
-        "gigabytes_on_disk": prompts_all * n * row_bytes / 1e9,
-        "driver_id_hashes_gigabytes": prompts_all * 12 * 2 / 1e9,
-        "resume_seconds": shards * resume_seconds_a_shard,
-    }
+    assert count_rows(job, shards.done()) == (rows, 0)
+    return {"rows": rows, "shards": len(files), "seconds": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -122,32 +116,40 @@ def main() -> None:
         rows = prompts(model, told.prompts)
         theirs, mine = [], []
         for number in range(told.rounds):
-            theirs.append(bare(config, model, rows, told.n))
-            mine.append(ours(config, model, rows, told.n, folder / f"out{number}"))
+            turns = [
+                lambda: theirs.append(bare(config, model, rows, told.n)),
+                lambda number=number: mine.append(ours(config, model, rows, told.n, folder / f"out{number}")),
+            ]
+            for turn in turns if number % 2 == 0 else reversed(turns):
+                turn()
         size = sum(file.stat().st_size for file in (folder / "out0").glob("*.parquet"))
+        (folder / "resume").mkdir()
         found = resume(100_000, 32, folder / "resume")
 
     def speed(figures: list[dict[str, Any]], seconds: str) -> float:
         return statistics.median(one["tokens"] / one[seconds] for one in figures)
 
+    def ratio(seconds: str) -> float:
+        pairs = zip(mine, theirs, strict=True)
+        return statistics.median((a["tokens"] / a[seconds]) / (b["tokens"] / b[seconds]) for a, b in pairs)
+
     steady = statistics.median(one["seconds"] for one in mine)
     resume_share = found["seconds"] / (found["rows"] / (told.prompts / steady))
     out = {
-        "model": "SmolLM2-135M-Instruct bf16, one thread",
+        "model": f"SmolLM2-135M-Instruct {config.dtype}, one thread",
         "requests": told.prompts * told.n,
         "rounds": told.rounds,
         "tokens_per_second": {"ours": speed(mine, "seconds"), "vllm": speed(theirs, "seconds")},
         "tokens_per_cpu_second": {"ours": speed(mine, "cpu_seconds"), "vllm": speed(theirs, "cpu_seconds")},
         "ratio": {
-            "vs_vllm": speed(mine, "seconds") / speed(theirs, "seconds"),
-            "vs_vllm_cpu_time": speed(mine, "cpu_seconds") / speed(theirs, "cpu_seconds"),
+            "vs_vllm": ratio("seconds"),
+            "vs_vllm_cpu_time": ratio("cpu_seconds"),
         },
         "startup_seconds": statistics.median(one["startup_seconds"] for one in mine),
         "engine_seconds": statistics.median(one["engine_seconds"] for one in mine),
         "cached_share_of_prompt_tokens": mine[-1]["cached"],
         "resume": found | {"share_of_the_job": resume_share},
         "bytes_per_sample": size / (told.prompts * told.n),
-        "ten_million_prompts": at_scale(size / (told.prompts * told.n), found["seconds"] / found["shards"]),
     }
     Path(told.json).write_text(json.dumps(out, indent=1))
     print(json.dumps(out, indent=1))

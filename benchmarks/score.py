@@ -4,7 +4,9 @@
 
 Three mixes of lengths: `short` (contexts of 40 to 80 tokens, responses of 8 to 40), `long` (200 to 400, 100 to 300)
 and `mixed` (20 to 400, 5 to 300, log-uniform). Reported: tokens (context + response) a second of steady state, by
-wall clock and by CPU time.
+wall clock and by CPU time, and start-up. A ratio is the median over the rounds of ours to theirs in the same round,
+on the mix where it is lowest: `vs_vllm` is our vLLM actor beside bare vLLM, `vs_batch_1` the default engine beside the
+released way. `faster_engine` says which engine the default should be.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def main() -> None:
     gpus = 1 if told.gpu else 0
     ray.init(num_cpus=(os.cpu_count() or 1) + 4, num_gpus=gpus, include_dashboard=False, log_to_driver=False)
     pool = EngineResources(kv_cache_gib=0.5, threads=1, num_gpus=gpus)
+    dtype = EngineConfig(pool=pool).dtype
     figures: dict[str, dict[str, list[dict[str, Any]]]] = {mix: {} for mix in MIXES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -85,16 +88,26 @@ def main() -> None:
     def speed(mix: str, who: str, seconds: str) -> float:
         return statistics.median(one["tokens"] / one[seconds] for one in figures[mix][who])
 
+    def ratio(mix: str, who: str, peer: str, seconds: str) -> float:
+        pairs = zip(figures[mix][who], figures[mix][peer], strict=True)
+        return statistics.median((a["tokens"] / a[seconds]) / (b["tokens"] / b[seconds]) for a, b in pairs)
+
+    default = EngineConfig().kind
+
     def ratios(seconds: str) -> dict[str, float]:
-        out = {}
-        for who in ("ours_vllm", "ours_transformers"):
-            for peer in ("vllm", "batch_1"):
-                worst = min(speed(mix, who, seconds) / speed(mix, peer, seconds) for mix in MIXES)
-                out[f"{who}_vs_{peer}"] = worst
-        return out
+        out = {
+            f"{who}_vs_{peer}": min(ratio(mix, who, peer, seconds) for mix in MIXES)
+            for who in ("ours_vllm", "ours_transformers")
+            for peer in ("vllm", "batch_1")
+        }
+        headlines = {"vs_vllm": out["ours_vllm_vs_vllm"], "vs_batch_1": out[f"ours_{default}_vs_batch_1"]}
+        return headlines | out
+
+    def faster(mix: str) -> str:
+        return max(("vllm", "transformers"), key=lambda kind: speed(mix, f"ours_{kind}", "seconds"))
 
     out = {
-        "model": "SmolLM2-135M-Instruct bf16, one " + ("GPU" if told.gpu else "thread"),
+        "model": f"SmolLM2-135M-Instruct {dtype}, one " + ("GPU" if told.gpu else "thread"),
         "rows": told.rows,
         "rounds": told.rounds,
         "tokens_per_second": {
@@ -103,6 +116,14 @@ def main() -> None:
         "tokens_per_cpu_second": {
             mix: {who: speed(mix, who, "cpu_seconds") for who in figures[mix]} for mix in MIXES
         },
+        "startup_seconds": {
+            kind: statistics.median(
+                one["startup_seconds"] for mix in MIXES for one in figures[mix][f"ours_{kind}"]
+            )
+            for kind in ("vllm", "transformers")
+        },
+        "default_engine": default,
+        "faster_engine": {mix: faster(mix) for mix in MIXES},
         "ratio": ratios("seconds"),
         "ratio_cpu_time": ratios("cpu_seconds"),
     }

@@ -24,46 +24,65 @@ def main(arguments: list[str]) -> int:
 
     config = load_as(SampleJob, told.config, told.set)
 
-    from rich.console import Console
-
-    from allo_ray.data.inference import sample
-    from allo_ray.data.prepare import prepare_prompts
+    from allo_ray.data.inference import Job, run
+    from allo_ray.data.inference_work import SampleWork
+    from allo_ray.data.prepare import in_place, prepare_prompts
+    from allo_ray.data.prepared import prepared_once
+    from allo_ray.data.sources import fingerprint as fingerprint_of_data
+    from allo_ray.data.templates import render
     from allo_ray.data.tokenise import Tokeniser
+    from allo_ray.data.verify import Verifier
     from allo_ray.engines.base import Sampling
-    from allo_ray.models import cached_model, fingerprint
+    from allo_ray.estimate import check_engine
+    from allo_ray.models import cached_model, fingerprint, parameter_count
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
-    from allo_ray.session import cluster
+    from allo_ray.session import chatter_to, cluster
     from allo_ray.store import work_beside
 
-    work, folder = work_beside(config.out), cached_model(config.model)
-    with cluster(config.cluster, config.engine.pool.num_gpus):
-        check_results(config.out, work)
-        prompts = work / "prompts.parquet"
-        drops = work / "drops.parquet"
-        needed = config.verify is not None
-        prepare_prompts(
-            config.data, Tokeniser(str(folder)), prompts, drops, verify=config.verify, needs_reference=needed
+    folder, work = cached_model(config.model), work_beside(config.out)
+    tokeniser = Tokeniser(str(folder))
+    render(config.data.template, "a question", tokeniser.hf)
+    if config.verify is not None:
+        Verifier(config.verify)
+    check_engine(config.engine, parameter_count(folder), "model.path", config.cluster.address)
+    asked, prompts = config.sample, work / "prompts.parquet"
+    # What decides the rows, wherever the same data lies.
+    settings = {"template", "columns", "split", "args", "limit", "max_prompt_tokens"}
+    source = config.data.model_dump(mode="json", include=settings)
+    sampling = Sampling(asked.temperature, asked.top_p, asked.max_tokens, asked.stop)
+    job = Job(
+        prompts,
+        str(folder),
+        SampleWork(sampling, asked.n, config.seed, config.verify),
+        f"{config.out}/samples",
+        fingerprint(folder),
+        source | {"content": fingerprint_of_data(config.data)},
+    )
+    params = job.params(config.engine)
+    job.shards.check(params)
+
+    def write() -> dict[str, int]:
+        return prepare_prompts(
+            config.data,
+            tokeniser,
+            prompts,
+            work / "drops.parquet",
+            verify=config.verify,
+            needs_reference=config.verify is not None,
         )
-        with Progress(Console(stderr=True)) as lines, lines.stage("sample") as line:
-            facts = sample(
-                prompts,
-                str(folder),
-                config.engine,
-                Sampling(
-                    config.sample.temperature,
-                    config.sample.top_p,
-                    config.sample.max_tokens,
-                    config.sample.stop,
-                ),
-                config.sample.n,
-                f"{config.out}/samples",
-                seed=config.seed,
-                verify=config.verify,
-                model_id=fingerprint(folder),
-                progress=line,
-            )
-    print(json.dumps(facts, indent=1))
+
+    early = in_place(config.data)
+    counts = prepared_once([prompts], params, write) if early else {}
+    with (
+        chatter_to(work / "run.log", stderr=True) as terminal,
+        cluster(config.cluster, config.engine.pool.num_gpus),
+    ):
+        check_results(config.out, work)
+        counts = counts if early else prepared_once([prompts], params, write)
+        with Progress(terminal) as lines, lines.stage("sample") as line:
+            facts = run([job], config.engine, line)[0]
+    print(json.dumps(facts | {"prompts": counts}, indent=1))
     return 0
 
 

@@ -28,45 +28,59 @@ def main(arguments: list[str]) -> int:
     config = load_as(ScoreJob, told.config, told.set)
 
     import fsspec
-    from rich.console import Console
 
-    from allo_ray.data.inference import score
+    from allo_ray.data.inference import Job, run
+    from allo_ray.data.inference_work import ScoreWork
+    from allo_ray.data.prepared import prepared_once
     from allo_ray.data.reward_rows import write_carried_scores
+    from allo_ray.data.sources import content_of
     from allo_ray.data.tokenise import Tokeniser
     from allo_ray.data.user_scores import user_responses, write_user_rows
-    from allo_ray.models import cached_model, fingerprint
+    from allo_ray.estimate import check_engine
+    from allo_ray.models import cached_model, fingerprint, parameter_count
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
-    from allo_ray.session import cluster
+    from allo_ray.session import chatter_to, cluster
     from allo_ray.store import local_path, work_beside
 
-    folder = cached_model(config.model)
-    rows = work_beside(config.out) / "score_rows.parquet"
+    folder, work = cached_model(config.model), work_beside(config.out)
     reward = Tokeniser(str(folder))
-    policy = Tokeniser(str(cached_model(config.policy))) if config.policy is not None else None
-    write_user_rows(rows, config.rows, config.columns, reward, policy)
-    with cluster(config.cluster, config.engine.pool.num_gpus):
-        check_results(config.out, rows.parent)
-        with Progress(Console(stderr=True)) as lines, lines.stage("score") as line:
-            facts = score(
-                rows,
-                str(folder),
-                config.engine,
-                f"{config.out}/scores",
-                logprobs=config.logprobs,
-                model_id=fingerprint(folder),
-                progress=line,
-            )
+    policy_folder = cached_model(config.policy) if config.policy is not None else None
+    policy = Tokeniser(str(policy_folder)) if policy_folder is not None else None
+    check_engine(config.engine, parameter_count(folder), "model.path", config.cluster.address)
+    source = {
+        "content": content_of(config.rows),
+        "columns": config.columns.model_dump(mode="json"),
+        "policy": None if policy_folder is None else fingerprint(policy_folder),
+    }
+    rows = work / "score_rows.parquet"
+    asked = ScoreWork(config.logprobs)
+    job = Job(rows, str(folder), asked, f"{config.out}/scores", fingerprint(folder), source)
+    params = job.params(config.engine)
+    job.shards.check(params)
+    files = [rows, work / "rows.parquet"]
+    counts = prepared_once(
+        files, params, lambda: write_user_rows(rows, config.rows, config.columns, reward, policy)
+    )
+    with (
+        chatter_to(work / "run.log", stderr=True) as terminal,
+        cluster(config.cluster, config.engine.pool.num_gpus),
+    ):
+        check_results(config.out, work)
+        with Progress(terminal) as lines, lines.stage("score") as line:
+            facts = run([job], config.engine, line)[0] | {"input": counts}
     if policy is not None:
-        carried = rows.with_name("token_scores.parquet")
+        carried = work / "token_scores.parquet"
         responses = user_responses(config.rows, config.columns, policy)
         raw = local_path(f"{config.out}/scores")
         facts["carried"] = write_carried_scores(
             carried, responses=responses, raw=raw, policy=policy, reward=reward
         )
-        if rows.parent != Path(config.out):
-            files, target = fsspec.core.url_to_fs(f"{config.out}/{carried.name}")
-            files.put_file(str(carried), target)
+        files.append(carried)
+    if work != Path(config.out):
+        for file in files[1:]:
+            told, target = fsspec.core.url_to_fs(f"{config.out}/{file.name}")
+            told.put_file(str(file), target)
     print(json.dumps(facts, indent=1))
     return 0
 

@@ -14,8 +14,8 @@ instead of 12 on a CPU), keeps only the first of n samples, and drops token ids 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,16 +27,20 @@ from ray.exceptions import RayActorError
 
 from allo_ray.config.data import VerifyConfig
 from allo_ray.config.engine import EngineConfig
-from allo_ray.data.inference_actor import JOB, Assignment, InferenceActor
+from allo_ray.data.inference_actor import ANSWERED, JOB, Assignment, InferenceActor
 from allo_ray.data.inference_work import SampleWork, ScoreWork, Work
-from allo_ray.data.shards import Shards, hash_ids
+from allo_ray.data.shard_index import Answered, hash_ids
+from allo_ray.data.shards import Shards
 from allo_ray.data.tally import Tally, rates
+from allo_ray.data.task_errors import users_error
 from allo_ray.engines.base import Sampling, model_facts
 from allo_ray.engines.build import engine_environment
 from allo_ray.errors import UserError
 
 #: Rows that kill their engine are given up; more than this share of all rows (and than ten) stops the job.
 MAX_KILLED = 0.01
+#: Files that one index file names: a job that was killed opens at most so many shards when it goes on.
+INDEXED_FILES = 1024
 
 
 class Progress(Protocol):
@@ -51,6 +55,7 @@ class Job:
         rows: Parquet file or folder, a table, or a dataset, with the columns that the work reads.
         model: folder of the model; `model_id` names it in the job's parameters (its fingerprint, say).
         out: folder or URL of the shards.
+        source: what the rows were made from, where the folder must not take rows that were made otherwise.
     """
 
     rows: str | Path | pa.Table | ray.data.Dataset
@@ -58,10 +63,20 @@ class Job:
     work: Work
     out: str
     model_id: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shards(self) -> Shards:
         return Shards(str(self.out), self.work.table, self.work.key)
+
+    def params(self, engine: EngineConfig) -> dict[str, Any]:
+        """Everything that decides the answers, as JSON."""
+        told = {
+            "work": self.work.told(),
+            "model": self.model_id or str(self.model),
+            "dtype": engine.dtype,
+        }
+        return told | ({"source": dict(self.source)} if self.source else {})
 
 
 def sample(
@@ -113,12 +128,10 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
     counts, parts, assignments = [], [], []
     for number, job in enumerate(jobs):
         shards = job.shards
-        shards.claim(
-            {"work": job.work.told(), "model": job.model_id or str(job.model), "dtype": engine.dtype}
-        )
+        shards.claim(job.params(engine))
         rows = _open(job)
         done = shards.done()
-        total, missing = _count(job, done)
+        total, missing = count_rows(job, done)
         counts.append({"rows": total, "skipped": total - missing})
         assignments.append(Assignment(str(job.model), job.work, shards))
         if missing:
@@ -129,23 +142,48 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
         total = sum(count["rows"] for count in counts)
         finished = sum(count["skipped"] for count in counts)
         limit = max(10, MAX_KILLED * total)
-        for told in _stream(whole, engine, assignments):
-            tally = tallies[told[JOB]]
-            tally.add(told)
-            finished += told["rows"]
-            if progress is not None:
-                progress.update(finished, total, "rows", **rates(tallies), **tally.gauges)
-            if sum(one.sums["killed"] for one in tallies) > limit:
-                raise UserError(
-                    f"{jobs[told[JOB]].out}: more than {limit:.0f} rows killed their engine; see rejected/ there. "
-                    "The model does not fit the memory, or its rows are not what it reads."
-                )
+        indexes = [_Index(assignment.shards) for assignment in assignments]
+        try:
+            for told in _stream(whole, engine, assignments):
+                tally = tallies[told[JOB]]
+                tally.add(told)
+                indexes[told[JOB]].add(told[ANSWERED])
+                finished += told["rows"]
+                if progress is not None:
+                    progress.update(finished, total, "rows", **rates(tallies), **tally.gauges)
+                if sum(one.sums["killed"] for one in tallies) > limit:
+                    raise UserError(
+                        f"{jobs[told[JOB]].out}: more than {limit:.0f} rows killed their engine; see rejected/ there. "
+                        "The model does not fit the memory, or its rows are not what it reads."
+                    )
+        finally:
+            for index in indexes:
+                index.write()
     out = []
     for job, count, tally in zip(jobs, counts, tallies, strict=True):
         facts = {"table": str(job.out), **count, **tally.summary(started)}
         job.shards.summarise(facts)
         out.append(facts)
     return out
+
+
+class _Index:
+    """Collects what the actors tell of their files, and writes it down at times."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._waiting: list[Answered] = []
+        self._files = 0
+
+    def add(self, told: bytes) -> None:
+        self._waiting.append(Answered.from_bytes(told))
+        self._files += len(self._waiting[-1].files)
+        if self._files >= INDEXED_FILES:
+            self.write()
+
+    def write(self) -> None:
+        self._shards.index(Answered.join(self._waiting))
+        self._waiting, self._files = [], 0
 
 
 def _stream(
@@ -175,7 +213,8 @@ def _stream(
     # An engine that fails to start (a device still held by a dying process, say) gets one more try.
     done.context.max_consecutive_actor_init_deaths = 1
     try:
-        yield from done.iter_rows()
+        with users_error(done):
+            yield from done.iter_rows()
     except RayActorError as error:
         if "creation task" not in str(error):
             raise
@@ -226,7 +265,7 @@ def _ids(job: Job) -> Iterator[list[str]]:
             yield batch.column("id").to_pylist()
 
 
-def _count(job: Job, done: np.ndarray) -> tuple[int, int]:
+def count_rows(job: Job, done: np.ndarray) -> tuple[int, int]:
     """Rows in all and rows without a result. Raises UserError where an id occurs twice."""
     seen = [np.zeros(0, "S12")]
     missing = 0
@@ -234,23 +273,18 @@ def _count(job: Job, done: np.ndarray) -> tuple[int, int]:
         missing += int((~_found(done, ids)).sum())
         seen.append(hash_ids(ids))
     hashes = np.sort(np.concatenate(seen))
-    twice = int((hashes[1:] == hashes[:-1]).sum())
-    if twice:
+    twice = hashes[1:][hashes[1:] == hashes[:-1]]
+    if len(twice):
         raise UserError(
-            f"{job.out}: {twice} ids of the input occur more than once ('{_first_duplicate(job)}', say). "
+            f"{job.out}: {len(twice)} ids of the input occur more than once ('{_id_of(job, twice[0])}', say). "
             "Ids must be unique."
         )
     return len(hashes), missing
 
 
-def _first_duplicate(job: Job) -> str:
-    seen: set[str] = set()
-    for ids in _ids(job):
-        for one in ids:
-            if one in seen:
-                return one
-            seen.add(one)
-    raise AssertionError("no id occurs twice")
+def _id_of(job: Job, wanted: bytes) -> str:
+    """The id whose hash is given."""
+    return next(ids[int(at[0])] for ids in _ids(job) if len(at := np.flatnonzero(hash_ids(ids) == wanted)))
 
 
 def _check_architectures(jobs: Sequence[Job]) -> None:

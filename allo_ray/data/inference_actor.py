@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference_work import Answers, Row, Work
+from allo_ray.data.shard_index import Answered
 from allo_ray.data.shards import Rejected, Shards, name_of
 from allo_ray.engines.base import Engine, EngineDied
 from allo_ray.engines.build import build_engine
@@ -28,6 +29,8 @@ from allo_ray.metrics import EngineMetrics
 
 #: Column of the input that tells which job a row belongs to.
 JOB = "_job"
+#: Column of the figures: which files were written and which rows they answer, see `shard_index`.
+ANSWERED = "_answered"
 
 
 def private_bytes() -> int:
@@ -72,6 +75,7 @@ class InferenceActor:
         name = name_of([row["id"] for row in rows])
         started = time.time()
         rejected: list[Rejected] = []
+        written: dict[str, list[str]] = {}  # file -> ids of the rows that it answers
         good = []
         for row in rows:
             problem = assignment.work.problem(row, self._engine.max_model_len)
@@ -80,7 +84,7 @@ class InferenceActor:
             else:
                 rejected.append(Rejected(row["id"], "invalid", problem))
         if rejected:
-            shards.reject(name, rejected)
+            written[shards.reject(name, rejected)] = [row.id for row in rejected]
         tokens = [0, 0]
         if good and not shards.has(name):
             answers: Answers | str = ""
@@ -89,13 +93,15 @@ class InferenceActor:
                     answers = self._attempt(assignment, name, good)
             if isinstance(answers, Answers):
                 tokens = [answers.tokens_in, answers.tokens_out]
+                written[shards.file(name)] = [row["id"] for row in good]
             else:
                 with self._using(assignment.model, alone=True):
-                    rejected.extend(self._one_by_one(assignment, good, tokens))
+                    rejected.extend(self._one_by_one(assignment, good, tokens, written))
             shards.end(name)
         self._metrics.batch(PurePosixPath(shards.url).parent.name, len(rows), *tokens)
         return {
             JOB: number,
+            ANSWERED: Answered.of(list(written), list(written.values())).to_bytes(),
             "rows": len(rows),
             "rejected": len(rejected),
             "killed": sum(row.kind == "killed" for row in rejected),
@@ -111,8 +117,13 @@ class InferenceActor:
             **self._engine.gauges(),
         }
 
-    def _one_by_one(self, assignment: Assignment, rows: Sequence[Row], tokens: list[int]) -> list[Rejected]:
-        """Answers rows that were in a batch that failed. Adds to `tokens`; returns the rows that fail alone too."""
+    def _one_by_one(
+        self, assignment: Assignment, rows: Sequence[Row], tokens: list[int], written: dict[str, list[str]]
+    ) -> list[Rejected]:
+        """Answers rows that were in a batch that failed; returns those that fail alone too.
+
+        Adds to `tokens` and, for each file, to `written`.
+        """
         shards, given_up = assignment.shards, []
         for row in rows:
             name = name_of(["alone", row["id"]])
@@ -123,6 +134,7 @@ class InferenceActor:
             if isinstance(answers, Answers):
                 tokens[0] += answers.tokens_in
                 tokens[1] += answers.tokens_out
+                written[shards.file(name)] = [row["id"]]
                 shards.end(name)
             else:
                 kind, reason = (
@@ -130,7 +142,7 @@ class InferenceActor:
                 )
                 given_up.append(Rejected(row["id"], kind, reason))
                 # Its attempts stay noted: should another row end this pass too, the next one knows of this row.
-                shards.reject(name, given_up[-1:])
+                written[shards.reject(name, given_up[-1:])] = [row["id"]]
         return given_up
 
     def _attempt(self, assignment: Assignment, name: str, rows: Sequence[Row]) -> Answers | str:

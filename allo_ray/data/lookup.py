@@ -44,13 +44,12 @@ class Lookup:
                 for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
                     writer.write_batch(batch.select(schema.names).cast(schema))
         self._map = pa.memory_map(str(self._file))
-        self._reader = pa.ipc.open_file(self._map)
-        sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        columns = [
-            self._reader.get_batch(i).column("id").to_numpy(zero_copy_only=False) for i in range(len(sizes))
-        ]
-        self.ids: np.ndarray = np.concatenate(columns).astype("S") if columns else np.empty(0, "S1")
+        reader = pa.ipc.open_file(self._map)
+        # Some kilobytes each: their content stays on the disk.
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)], dtype=np.int64)
+        parts = [_bytes(batch.column("id").cast(pa.binary()).to_pylist()) for batch in self._batches]
+        self.ids: np.ndarray = np.concatenate(parts) if parts else _bytes([])
         self._order = np.argsort(self.ids, kind="stable")
 
     def __len__(self) -> int:
@@ -70,7 +69,7 @@ class Lookup:
         """Row numbers int64 of `ids`, -1 for an id that is not here."""
         if not len(self):
             return np.full(len(ids), -1, dtype=np.int64)
-        wanted = np.asarray(ids, dtype="S")
+        wanted = _bytes([one.encode() for one in ids])
         at = np.minimum(np.searchsorted(self.ids, wanted, sorter=self._order), len(self) - 1)
         rows = self._order[at]
         return np.where(self.ids[rows] == wanted, rows, -1)
@@ -78,16 +77,13 @@ class Lookup:
     def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The rows at `rows`, in that order; row numbers must not be negative."""
         assert len(rows) == 0 or rows.min() >= 0, "every id must be found before its row is taken"
+        if not len(rows):
+            return []
         batches = np.searchsorted(self._starts, rows, side="right") - 1
-        out: list[dict[str, Any]] = [{} for _ in rows]
-        for batch in np.unique(batches):
-            places = np.flatnonzero(batches == batch)
-            local = pa.array(rows[places] - self._starts[batch])
-            for place, row in zip(
-                places, self._reader.get_batch(int(batch)).take(local).to_pylist(), strict=True
-            ):
-                out[place] = row
-        return out
+        local = rows - self._starts[batches]
+        # One slice a row and one copy of all: a `take` of each batch would cost as much for one row as for a thousand.
+        slices = [self._batches[batch].slice(row, 1) for batch, row in zip(batches, local, strict=True)]
+        return pa.Table.from_batches(slices).combine_chunks().to_pylist()
 
     def in_order(self) -> Iterator[dict[str, Any]]:
         """All rows in the order of their ids."""
@@ -100,8 +96,14 @@ class Lookup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._batches = []
         self._map.close()
         self._file.unlink(missing_ok=True)
+
+
+def _bytes(ids: list[bytes]) -> np.ndarray:
+    """Ids as an array [N] of dtype S, as wide as the longest."""
+    return np.array(ids, dtype="S")
 
 
 def stream(table: Table, path: str | Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ is read in place, one piece at a time. The driver holds the rows under way and 1
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import ray
 from allo_ray import tables
 from allo_ray.config.data import DataConfig, VerifyConfig
 from allo_ray.data.lookup import BATCH_ROWS
-from allo_ray.data.shards import hash_ids
+from allo_ray.data.shard_index import hash_ids
 from allo_ray.data.sources import SUITE, Example, examples, piece_examples, source_pieces
+from allo_ray.data.task_errors import users_error
 from allo_ray.data.templates import render
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.data.verify import Verifier
@@ -165,49 +166,72 @@ class _Work:
         }
 
 
+def in_place(config: DataConfig) -> bool:
+    """Is the source so small that it is read without Ray?"""
+    return config.path.startswith(SUITE) or len(source_pieces(config)) <= PIECES_IN_PLACE
+
+
 def _prepare(work: _Work, out: Path, drops: Path) -> dict[str, int]:
     """Two passes: rows to a work file with the ids noted, then all but the repeated ones to `out`."""
     config, unsorted = work.config, out.with_name(f".{out.name}.unsorted")
     out.parent.mkdir(parents=True, exist_ok=True)
     hashes: list[np.ndarray] = []
     counts: Counter[str] = Counter()
-    dropped: list[dict[str, Any]] = []
-    with pq.ParquetWriter(unsorted, work.schema, compression="lz4") as writer:
-        for block in _blocks(work):
-            block = block.slice(0, None if config.limit is None else config.limit - counts["rows"])
-            counts["rows"] += len(block)
-            gone = np.array(
-                [reason is not None for reason in block.column("_reason").to_pylist()], dtype=bool
-            )
-            removed, kept = block.filter(pa.array(gone)), block.filter(pa.array(~gone))
-            counts["broke_a_rule"] += len(removed)
-            dropped += _drops(removed)
-            hashes.append(hash_ids(kept.column("id").to_pylist()))
-            writer.write_table(kept)
-            if counts["rows"] == config.limit:
-                break
-    fresh = _first_of_each(hashes)
-    part = out.with_name(f".{out.name}.part")
-    start = 0
-    with pq.ParquetWriter(part, work.table.schema, compression="zstd") as writer:
-        for batch in pq.ParquetFile(unsorted).iter_batches(BATCH_ROWS):
-            block = pa.Table.from_batches([batch])
-            first = fresh[start : start + len(block)]
-            start += len(block)
-            repeated = block.filter(pa.array(~first))
-            counts["duplicates"] += len(repeated)
-            dropped += [
-                row | {"field": "id", "reason": "the same row stands further up"} for row in _drops(repeated)
-            ]
-            writer.write_table(
-                block.filter(pa.array(first)).select(work.table.schema.names).cast(work.table.schema)
-            )
+    with _Dropped(drops) as dropped:
+        with pq.ParquetWriter(unsorted, work.schema, compression="lz4") as writer:
+            for block in _blocks(work):
+                block = block.slice(0, None if config.limit is None else config.limit - counts["rows"])
+                counts["rows"] += len(block)
+                good = block.column("_reason").is_null()
+                removed, kept = block.filter(block.column("_reason").is_valid()), block.filter(good)
+                counts["broke_a_rule"] += len(removed)
+                dropped.add(removed)
+                hashes.append(hash_ids(kept.column("id").to_pylist()))
+                writer.write_table(kept)
+                if counts["rows"] == config.limit:
+                    break
+        fresh = first_of_each(hashes)
+        part = out.with_name(f".{out.name}.part")
+        start = 0
+        with pq.ParquetWriter(part, work.table.schema, compression="zstd") as writer:
+            for batch in pq.ParquetFile(unsorted).iter_batches(BATCH_ROWS):
+                block = pa.Table.from_batches([batch])
+                first = fresh[start : start + len(block)]
+                start += len(block)
+                repeated = block.filter(pa.array(~first))
+                counts["duplicates"] += len(repeated)
+                dropped.add(repeated, field="id", reason="the same row stands further up")
+                writer.write_table(
+                    block.filter(pa.array(first)).select(work.table.schema.names).cast(work.table.schema)
+                )
     part.rename(out)
     unsorted.unlink()
-    counts["kept"] = counts["rows"] - len(dropped)
-    tables.DROPS.write(dropped, drops)
-    _stop_if_too_many(config, counts, dropped, drops)
+    counts["kept"] = counts["rows"] - dropped.count
+    _stop_if_too_many(config, counts, dropped.first, drops)
     return dict(counts)
+
+
+class _Dropped:
+    """The file DROPS under way; holds the first row and the number of rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.count = 0
+        self.first: dict[str, Any] | None = None
+        self._writer = pq.ParquetWriter(path, _BESIDE, compression="zstd")
+
+    def add(self, block: pa.Table, **told: str) -> None:
+        """Adds the rows of a block; `told` says why where the rows do not say it themselves."""
+        rows = [{name: row[f"_{name}"] for name in _BESIDE.names} | told for row in block.to_pylist()]
+        if rows:
+            self.first = self.first or rows[0]
+            self.count += len(rows)
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=_BESIDE))
+
+    def __enter__(self) -> _Dropped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
 
 
 def _blocks(work: _Work) -> Iterator[pa.Table]:
@@ -225,7 +249,8 @@ def _blocks(work: _Work) -> Iterator[pa.Table]:
     rows = rows.map_batches(work, batch_size=1, batch_format="pyarrow")
     rows.context.execution_options.preserve_order = True
     rows.context.enable_progress_bars = False
-    yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[misc]
+    with users_error(rows):
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[misc]
 
 
 def excerpt(text: str) -> str:
@@ -233,28 +258,24 @@ def excerpt(text: str) -> str:
     return " ".join(text[:EXCERPT_CHARACTERS].split())
 
 
-def _drops(block: pa.Table) -> list[dict[str, Any]]:
-    return [{name: row[f"_{name}"] for name in _BESIDE.names} for row in block.to_pylist()]
-
-
-def _first_of_each(hashes: list[np.ndarray]) -> np.ndarray:
+def first_of_each(hashes: Sequence[np.ndarray]) -> np.ndarray:
     """bool [N]: is a row the first with its id?"""
-    whole = np.concatenate(hashes) if hashes else np.empty(0, "S12")
+    whole = np.concatenate([hash_ids([]), *hashes])
     fresh = np.zeros(len(whole), dtype=bool)
     fresh[np.unique(whole, return_index=True)[1]] = True
     return fresh
 
 
 def _stop_if_too_many(
-    config: DataConfig, counts: Counter[str], dropped: list[dict[str, Any]], drops: Path
+    config: DataConfig, counts: Counter[str], first: dict[str, Any] | None, drops: Path
 ) -> None:
-    if counts["kept"] > 0 and len(dropped) <= config.max_dropped * counts["rows"]:
+    dropped = counts["rows"] - counts["kept"]
+    if counts["kept"] > 0 and dropped <= config.max_dropped * counts["rows"]:
         return
-    if not dropped:
+    if first is None:
         raise UserError(f"{config.path}: holds no rows. Check data.path, data.split and data.limit.")
-    first = dropped[0]
     raise UserError(
-        f"{config.path}: {len(dropped)} of {counts['rows']} rows were dropped ({counts['broke_a_rule']} by the length "
+        f"{config.path}: {dropped} of {counts['rows']} rows were dropped ({counts['broke_a_rule']} by the length "
         f"rules, {counts['duplicates']} repeated), more than data.max_dropped = {config.max_dropped:g} allows. The "
         f"first: {first['source']}, row {first['row']}, field '{first['field']}': {first['reason']}. "
         f"All are listed in {drops}. Raise data.max_tokens, mend the rows, or raise data.max_dropped."

@@ -4,6 +4,7 @@
     owner.json         the newest run; an older one that still lives finds out before it publishes
     <name>.parquet     shards, named by the hash of the input rows they answer: a repeated batch overwrites itself
     rejected/*.jsonl   rows that were left out, each with its reason
+    index/*.npz        which rows the files above answer, see `shard_index`
     attempts/*         batches under way; one that is still here when its batch comes again killed its engine
 
 A file appears whole or not at all: by rename on a local file system, by the store's own put elsewhere.
@@ -28,11 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from allo_ray.data.shard_index import Answered
 from allo_ray.errors import UserError
 from allo_ray.tables import Table
 
-#: Bytes of the hash that stands for a row's id where millions are compared.
-_ID_BYTES = 12
 _READERS = 16
 #: Tells the attempts of this process from those of the processes before it.
 _PROCESS = uuid.uuid4().hex
@@ -63,21 +63,30 @@ class Shards:
     key: str
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def claim(self, params: Mapping[str, Any]) -> None:
-        """Makes this run the folder's owner.
+    def check(self, params: Mapping[str, Any]) -> None:
+        """Writes nothing.
 
         Raises:
             UserError: results made with other parameters are there; says what differs.
         """
-        text = json.dumps(dict(params), indent=1, sort_keys=True)
-        found = self._read("params.json")
-        if found is not None and (differences := _differences(json.loads(found), json.loads(text))):
+        try:
+            found = self._read("params.json")
+        except (NotADirectoryError, PermissionError) as error:
+            raise UserError(
+                f"{self.url}: is no folder to write to ({error.strerror}). Give another `out`."
+            ) from None
+        told = json.loads(json.dumps(dict(params)))
+        if found is not None and (differences := _differences(json.loads(found), told)):
             raise UserError(
                 f"{self.url}: made with other parameters ({'; '.join(differences)}). "
                 "Give another output folder, or the parameters of the first run."
             )
+
+    def claim(self, params: Mapping[str, Any]) -> None:
+        """Makes this run the folder's owner. Raises UserError as `check`."""
+        self.check(params)
         self._write("owner.json", json.dumps({"run": self.owner}).encode())
-        self._write("params.json", text.encode())
+        self._write("params.json", json.dumps(dict(params), indent=1, sort_keys=True).encode())
         files, root = self._open()
         if files.exists(f"{root}/attempts"):
             # A run that was killed says nothing of its rows: only engines that die within this run count.
@@ -85,27 +94,28 @@ class Shards:
         files.makedirs(f"{root}/attempts", exist_ok=True)
 
     def done(self) -> np.ndarray:
-        """Sorted hashes of the ids of all input rows that have a result or were rejected; see `hash_ids`."""
-        files, root = self._open()
+        """Sorted hashes of the ids of all input rows that have a result or were rejected; see `shard_index`.
 
-        def ids(name: str) -> np.ndarray:
-            with files.open(name, "rb") as file:
-                column = pq.read_table(file, columns=[self.key]).column(self.key)
-            return hash_ids(column.unique().to_pylist())
-
+        Opens the shards that no index file names (those after the last index file of a run that was killed).
+        """
+        there = np.array([name.encode() for name in self._listed()], dtype="S")
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(ids, sorted(files.glob(f"{root}/*.parquet"))))
-        found.append(hash_ids([row.id for row in self.rejected()]))
-        return np.unique(np.concatenate(found))
+            known = Answered.join(list(pool.map(self._index, self._list("index", ".npz"))))
+            unnamed = [name.decode() for name in np.setdiff1d(there, known.files)]
+            opened = Answered.join(list(pool.map(self._opened, unnamed)))
+        self.index(opened)
+        return np.unique(np.concatenate([known.among(there), opened.hashes]))
+
+    def index(self, answered: Answered) -> None:
+        """Writes down which rows some files answer, for `done`."""
+        if len(answered.files):
+            self._write(f"index/{self.owner}-{uuid.uuid4().hex}.npz", answered.to_bytes())
 
     def rejected(self) -> list[Rejected]:
         """All rows that were left out."""
-        files, root = self._open()
-        rows: list[Rejected] = []
-        for name in sorted(files.glob(f"{root}/rejected/*.jsonl")):
-            with files.open(name, "rt") as file:
-                rows.extend(Rejected(**json.loads(line)) for line in file)
-        return rows
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = pool.map(self._rejected, self._list("rejected", ".jsonl"))
+            return [row for rows in found for row in rows]
 
     def read(self) -> pa.Table:
         """All results in the order of their input ids (and `index`), each input row once."""
@@ -125,21 +135,27 @@ class Shards:
     def has(self, name: str) -> bool:
         """Is the shard `name` published?"""
         files, root = self._open()
-        return files.exists(f"{root}/{name}.parquet")
+        return files.exists(f"{root}/{self.file(name)}")
 
-    def publish(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes a shard. Raises Superseded where a newer run owns the folder."""
+    def publish(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Writes a shard and returns its file's name. Raises Superseded where a newer run owns the folder."""
         found = self._read("owner.json")
         if found is None or json.loads(found)["run"] != self.owner:
             raise Superseded(f"{self.url}: another run has taken this folder over; this one stops")
         buffer = io.BytesIO()
         pq.write_table(self.table.build(rows), buffer, compression="zstd")
-        self._write(f"{name}.parquet", buffer.getvalue())
+        self._write(self.file(name), buffer.getvalue())
+        return self.file(name)
 
-    def reject(self, name: str, rows: Sequence[Rejected]) -> None:
-        """Writes down rows that get no result."""
+    def file(self, name: str) -> str:
+        """The file of the shard `name`."""
+        return f"{name}.parquet"
+
+    def reject(self, name: str, rows: Sequence[Rejected]) -> str:
+        """Writes down rows that get no result; returns the file's name."""
         lines = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
         self._write(f"rejected/{name}.jsonl", lines.encode())
+        return f"rejected/{name}.jsonl"
 
     def summarise(self, facts: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
@@ -168,6 +184,38 @@ class Shards:
         for path in files.glob(f"{root}/attempts/{name}.*"):
             files.rm_file(path)
 
+    def _listed(self) -> list[str]:
+        """Names of all files that answer rows."""
+        return [*self._list("", ".parquet"), *self._list("rejected", ".jsonl")]
+
+    def _list(self, folder: str, suffix: str) -> list[str]:
+        """Sorted names, from the root on, of the files in a folder; takes no look at the files themselves."""
+        files, root = self._open()
+        files.invalidate_cache()
+        try:
+            found = files.ls(f"{root}/{folder}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        names = [path.rsplit("/", 1)[-1] for path in found if path.endswith(suffix)]
+        return sorted(f"{folder}/{name}" if folder else name for name in names)
+
+    def _opened(self, name: str) -> Answered:
+        """What a file answers, from the file itself."""
+        if name.endswith(".jsonl"):
+            return Answered.of([name], [[row.id for row in self._rejected(name)]])
+        files, root = self._open()
+        with files.open(f"{root}/{name}", "rb") as file:
+            ids = pq.read_table(file, columns=[self.key]).column(self.key)
+        return Answered.of([name], [ids.unique().to_pylist()])
+
+    def _rejected(self, name: str) -> list[Rejected]:
+        files, root = self._open()
+        return [Rejected(**json.loads(line)) for line in files.cat_file(f"{root}/{name}").splitlines()]
+
+    def _index(self, name: str) -> Answered:
+        files, root = self._open()
+        return Answered.from_bytes(files.cat_file(f"{root}/{name}"))
+
     def _open(self) -> tuple[Any, str]:
         files, root = fsspec.core.url_to_fs(self.url)
         return files, root.rstrip("/")
@@ -192,12 +240,6 @@ class Shards:
             os.replace(part, path)
         else:
             files.pipe_file(path, content)
-
-
-def hash_ids(ids: Sequence[str]) -> np.ndarray:
-    """One 12-byte hash for each id [N], dtype S12: a set of ten million takes 120 MB, not a gigabyte of strings."""
-    digests = [hashlib.blake2b(one.encode(), digest_size=_ID_BYTES).digest() for one in ids]
-    return np.frombuffer(b"".join(digests), dtype=f"V{_ID_BYTES}").view(f"S{_ID_BYTES}")
 
 
 def name_of(ids: Sequence[str]) -> str:

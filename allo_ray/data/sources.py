@@ -100,10 +100,11 @@ def fingerprint(config: DataConfig) -> str:
         return content_id(
             *(part for one in examples(config) for part in (one.prompt, one.reference, one.answer))
         )
-    return _content(config.path, config.format, config.split)
+    return content_of(config.path, config.format, config.split)
 
 
-def _content(path: str, kind: str, split: str) -> str:
+def content_of(path: str, kind: str = "auto", split: str = "train") -> str:
+    """As `fingerprint`, of any files."""
     digest = hashlib.blake2b(digest_size=8)
     for file, told in find_files(path, kind, split):
         if told == "hub":

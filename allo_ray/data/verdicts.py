@@ -1,17 +1,31 @@
-"""Judges samples after they were drawn, so that another verifier samples nothing again."""
+"""Judges samples after they were drawn, so that another verifier samples nothing again.
+
+The driver reads and writes; many samples are judged by Ray tasks, some thousand each, handed back in order. What is
+under way is bounded by the CPUs, not by the number of samples.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from allo_ray import tables
 from allo_ray.config.data import VerifyConfig
 from allo_ray.data.lookup import BATCH_ROWS, Lookup, stream, write_stream
+from allo_ray.data.task_errors import users_error
 from allo_ray.data.verify import Verifier
+
+#: So many samples are judged sooner than a task has started.
+ROWS_IN_PLACE = 8 * BATCH_ROWS
+
+#: (prompt, response, gold answer), and (answer of the response, verdict).
+Question = tuple[str, str, str | None]
+Verdict = tuple[str | None, bool | None]
 
 
 def write_verdicts(
@@ -21,17 +35,16 @@ def write_verdicts(
 
     Returns:
         samples, right, wrong, unverified (no gold answer), no_answer (the response states none; wrong).
+
+    Raises:
+        UserError: the verifier cannot be loaded, or the user's own fails on a sample.
     """
     out = Path(out)
-    verifier = Verifier(verify)
     facts: Counter[str] = Counter(samples=0, right=0, wrong=0, unverified=0, no_answer=0)
 
     def judged(known: Lookup) -> Iterator[dict[str, Any]]:
-        rows = stream(tables.SAMPLES, samples)
-        while chunk := list(islice(rows, BATCH_ROWS)):
-            asked = known.take(known.find([row["prompt_id"] for row in chunk]))
-            for row, prompt in zip(chunk, asked, strict=True):
-                answer, verdict = verifier.check(prompt["prompt"], row["text"], prompt["answer"])
+        for rows, verdicts in _judge(_questions(samples, known), verify):
+            for row, (answer, verdict) in zip(rows, verdicts, strict=True):
                 facts["samples"] += 1
                 facts["unverified" if verdict is None else "right" if verdict else "wrong"] += 1
                 facts["no_answer"] += answer is None
@@ -40,3 +53,50 @@ def write_verdicts(
     with Lookup(tables.PROMPTS, prompts, out.parent) as known:
         write_stream(tables.SAMPLES, judged(known), out)
     return dict(facts)
+
+
+def _questions(samples: str | Path, known: Lookup) -> Iterator[tuple[list[dict[str, Any]], list[Question]]]:
+    rows = stream(tables.SAMPLES, samples)
+    while chunk := list(islice(rows, BATCH_ROWS)):
+        names = list(dict.fromkeys(row["prompt_id"] for row in chunk))
+        asked = dict(zip(names, known.take(known.find(names)), strict=True))
+        prompts = [asked[row["prompt_id"]] for row in chunk]
+        yield (
+            chunk,
+            [
+                (prompt["prompt"], row["text"], prompt["answer"])
+                for row, prompt in zip(chunk, prompts, strict=True)
+            ],
+        )
+
+
+def _judge(
+    chunks: Iterator[tuple[list[dict[str, Any]], list[Question]]], verify: VerifyConfig
+) -> Iterator[tuple[list[dict[str, Any]], list[Verdict]]]:
+    """The rows of all chunks in their order, each with its verdict."""
+    for rows, questions in islice(chunks, ROWS_IN_PLACE // BATCH_ROWS):
+        yield rows, verdicts_of(questions, verify)
+    if not ray.is_initialized():
+        for rows, questions in chunks:
+            yield rows, verdicts_of(questions, verify)
+        return
+    task = ray.remote(verdicts_of)
+    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: deque[tuple[list[dict[str, Any]], Any]] = deque()
+    for rows, questions in chunks:
+        waiting.append((rows, task.remote(questions, verify)))
+        if len(waiting) > ahead:
+            yield _collected(*waiting.popleft())
+    while waiting:
+        yield _collected(*waiting.popleft())
+
+
+def _collected(rows: list[dict[str, Any]], task: Any) -> tuple[list[dict[str, Any]], list[Verdict]]:
+    with users_error():
+        return rows, ray.get(task)
+
+
+def verdicts_of(questions: list[Question], verify: VerifyConfig) -> list[Verdict]:
+    """Judges some responses."""
+    verifier = Verifier(verify)
+    return [verifier.check(*question) for question in questions]

@@ -57,12 +57,22 @@ class Verifier:
                 return None
 
     def check(self, prompt: str, response: str, answer: str | None) -> tuple[str | None, bool | None]:
-        """Returns the extracted answer, and whether it is right (None where there is no gold answer to compare)."""
+        """Returns the extracted answer, and whether it is right (None where there is no gold answer to compare).
+
+        Raises:
+            UserError: the user's own function fails.
+        """
         given = self.extract(response)
         if answer is None:
             return given, None
         if self._function is not None:
-            return given, bool(self._function(prompt, response, answer))
+            try:
+                return given, bool(self._function(prompt, response, answer))
+            except Exception as error:  # the user's code raises what it likes
+                raise UserError(
+                    f"verify.function: {self.config.function} raised {error!r} on the response {response[:80]!r} to "
+                    f"the prompt {prompt[:80]!r}. It must return True or False for every response."
+                ) from None
         assert self._same is not None
         return given, given is not None and self._same(given, answer)
 

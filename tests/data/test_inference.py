@@ -124,6 +124,23 @@ def test_two_actors_small_batches_and_a_kill(
     assert (facts["rejected"], facts["killed"]) == (0, 0)
 
 
+def test_batches_of_one_sample(undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path) -> None:
+    """Batches of 1 at one vLLM actor; those of 64 follow below."""
+    facts = sample(
+        prompts(),
+        str(tiny_qwen),
+        engine("vllm", 1),
+        SAMPLING,
+        2,
+        str(tmp_path),
+        seed=3,
+        model_id="m",
+    )
+    assert len(list(tmp_path.glob("*.parquet"))) == PROMPTS, "one shard a prompt"
+    assert samples(tmp_path) == undisturbed
+    assert facts["actors"] == 1
+
+
 DRIVER = """
     import os, signal, sys
     import ray
@@ -212,6 +229,7 @@ def test_one_job_and_the_same_again(ray_cluster: None, tiny_qwen: Path, tmp_path
         ("p001", False),
         ("p003", False),
     ]
+    assert len(list(tmp_path.glob("index/*.npz"))) == 1, "the second run need not open the shards"
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.parquet")}
     again = job()
     assert (again["rows"], again["skipped"], again["tokens_out"], again["startup_seconds"] < 5) == (
@@ -241,6 +259,15 @@ def test_a_model_without_weights_is_named(ray_cluster: None, tiny_qwen: Path, tm
         UserError, match=r"model: the transformers engine does not start: .*model\.safetensors"
     ):
         sample(prompts(2), str(tmp_path / "model"), engine(), SAMPLING, 1, str(tmp_path / "out"))
+
+
+def test_a_users_error_inside_an_actor_is_one_line(
+    ray_cluster: None, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    verify = VerifyConfig(kind="callable", function="operator:neg")
+    greedy = Sampling(temperature=0, max_tokens=2)
+    with pytest.raises(UserError, match=r"^verify\.function: operator:neg raised TypeError[^\n]*$"):
+        sample(prompts(2), str(tiny_qwen), engine(), greedy, 1, str(tmp_path), verify=verify)
 
 
 def test_ids_must_be_unique(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:

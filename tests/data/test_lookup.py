@@ -34,6 +34,14 @@ def test_take_gives_rows_in_the_order_asked_for(tmp_path: Path) -> None:
     assert not list((tmp_path / "scratch").iterdir())
 
 
+def test_ids_in_any_script(tmp_path: Path) -> None:
+    tables.TOKEN_SCORES.write([{"id": one, "p_re": []} for one in ("é", "你好", "a")], tmp_path / "t.parquet")
+    with Lookup(tables.TOKEN_SCORES, tmp_path / "t.parquet", tmp_path) as known:
+        found = known.find(["你好", "a", "ü"])
+        assert found.tolist() == [1, 2, -1]
+        assert known.take(found[:2])[0]["id"] == "你好"
+
+
 def test_two_lookups_of_one_table_share_a_folder(tmp_path: Path) -> None:
     tables.TOKEN_SCORES.write(rows(3), tmp_path / "t.parquet")
     with (

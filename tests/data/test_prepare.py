@@ -96,6 +96,18 @@ def test_a_source_of_many_pieces_gives_the_same_table(
     assert one[0]["duplicates"] == 5
 
 
+def test_a_wrong_row_in_a_source_of_many_pieces(
+    tmp_path: Path, tokeniser: Tokeniser, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Met by a Ray task: the same one line as in the driver."""
+    monkeypatch.setattr(records, "PIECE_ROWS", 40)
+    monkeypatch.setattr(prepare, "PIECES_IN_PLACE", 1)
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(100)]
+    rows[89]["chosen"] = " "
+    with pytest.raises(UserError, match=r"^[^\n]*x.jsonl, line 90, field 'chosen': is empty; fill it[^\n]*$"):
+        pairs_of(tmp_path, tokeniser, rows)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
 def test_pieces_join_to_the_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from allo_ray import tables
-from allo_ray.data.shards import Rejected, Shards, Superseded, hash_ids, name_of
+from allo_ray.data.shard_index import Answered, hash_ids
+from allo_ray.data.shards import Rejected, Shards, Superseded, name_of
 from allo_ray.errors import UserError
 
 
@@ -79,6 +81,36 @@ def test_attempts_are_counted_until_they_end(tmp_path: Path) -> None:
     shards.begin("batch")
     folder(tmp_path).claim({})
     assert shards.deaths("batch") == [], "a killed run says nothing of its rows"
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_indexed_shards_are_not_opened(where: str, tmp_path: Path) -> None:
+    """What is done is known from the index though the shards cannot be read; a shard that is gone is not done."""
+    shards = folder(tmp_path if where == "local" else f"memory://index-{tmp_path.name}")
+    shards.claim({})
+    files = [shards.publish(name_of([one]), rows(one)) for one in ("a", "b")]
+    files.append(
+        shards.reject("x", [Rejected("c", "invalid", "no tokens"), Rejected("d", "invalid", "long")])
+    )
+    answered = Answered.of(files, [["a"], ["b"], ["c", "d"]])
+    shards.index(Answered.from_bytes(answered.to_bytes()))
+    system, root = fsspec.core.url_to_fs(shards.url)
+    system.pipe_file(f"{root}/{files[0]}", b"no parquet")
+    assert shards.done().tolist() == np.sort(hash_ids(["a", "b", "c", "d"])).tolist()
+    late = shards.publish(name_of(["e"]), rows("e"))
+    assert set(shards.done()) == set(hash_ids(["a", "b", "c", "d", "e"])), "the newest is opened"
+    system.pipe_file(f"{root}/{late}", b"no parquet")
+    assert len(shards.done()) == 5, "and indexed at once"
+    system.rm_file(f"{root}/{files[2]}")
+    assert set(shards.done()) == set(hash_ids(["a", "b", "e"]))
+
+
+def test_a_check_writes_nothing(tmp_path: Path) -> None:
+    folder(tmp_path / "new").check({"a": 1})
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is no folder to write to"):
+        folder(tmp_path / "file").check({"a": 1})
 
 
 def test_names_tell_where_ids_end() -> None:

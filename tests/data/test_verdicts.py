@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from allo_ray import tables
 from allo_ray.config.data import VerifyConfig
+from allo_ray.data import verdicts
 from allo_ray.data.verdicts import write_verdicts
+from allo_ray.errors import UserError
 
 
-def test_verdicts_keep_order_and_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [8, 0])
+def test_verdicts_keep_order_and_count(
+    in_place: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the driver, and by tasks of one sample each."""
+    monkeypatch.setattr(verdicts, "BATCH_ROWS", 1)
+    monkeypatch.setattr(verdicts, "ROWS_IN_PLACE", in_place)
     empty = dict.fromkeys(tables.PROMPTS.schema.names)
     prompts = [empty | {"id": "a", "prompt": "1 + 1", "answer": "2"}, empty | {"id": "b", "prompt": "?"}]
     tables.PROMPTS.write(prompts, tmp_path / "prompts.parquet")
@@ -35,3 +45,27 @@ def test_verdicts_keep_order_and_count(tmp_path: Path) -> None:
         (None, False),
         ("5", None),
     ]
+
+
+@pytest.mark.parametrize("in_place", [8, 0])
+def test_a_function_that_fails_is_the_users(
+    in_place: int, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the driver and in a task: one line that names function and response."""
+    monkeypatch.setattr(verdicts, "ROWS_IN_PLACE", in_place)
+    empty = dict.fromkeys(tables.PROMPTS.schema.names)
+    tables.PROMPTS.write(
+        [empty | {"id": "a", "prompt": "1 + 1", "answer": "2"}], tmp_path / "prompts.parquet"
+    )
+    row = {"id": "0", "prompt_id": "a", "index": 0, "seed": 0, "text": "two", "response_ids": [1]}
+    row |= {"finish_reason": "stop", "answer": None, "verdict": None}
+    tables.SAMPLES.write([row], tmp_path / "samples.parquet")
+    with pytest.raises(
+        UserError, match=r"^verify.function: operator:neg raised TypeError.* 'two' .*'1 \+ 1'"
+    ):
+        write_verdicts(
+            tmp_path / "judged.parquet",
+            prompts=tmp_path / "prompts.parquet",
+            samples=tmp_path / "samples.parquet",
+            verify=VerifyConfig(kind="callable", function="operator:neg"),
+        )

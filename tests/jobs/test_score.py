@@ -41,6 +41,7 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     answers = [" The answer is 42", " The café 你", "17"]
     rows = tmp_path / "rows.jsonl"
     lines = [{"name": str(at), "context": "17 + 25 =", "response": text} for at, text in enumerate(answers)]
+    lines.append(lines[0])  # the same row again is scored once
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tmp_path / "score.yaml"
     told = {"out": str(tmp_path / "out"), "rows": str(rows), "columns": {"id": "name"}}
@@ -50,8 +51,10 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     command = [sys.executable, "-m", "jobs.score", "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads(done.stdout[("\n" + done.stdout).rindex("\n{") :])
-    assert summary["carried"] == {"rows": 3, "unscored": 0}
+    summary = json.loads(done.stdout)  # and nothing else
+    assert summary["input"] == {"rows": 4, "repeated": 1}
+    assert summary["rows"] == 3
+    assert summary["carried"] == {"rows": 4, "unscored": 0}
 
     raw = {
         row["id"]: row["p_re"] for row in tables.TOKEN_SCORES.read(tmp_path / "out" / "scores").to_pylist()
