@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from allo_ray import estimate, method, pipeline, preflight, results, track
+from allo_ray.capacity import cluster_nodes, needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
@@ -46,9 +47,9 @@ def align(config: RunConfig) -> Run:
         cluster(config.cluster, gpus),
     ):
         connected = time.perf_counter() - started
+        parallel = min(config.cluster.parallel_stages, room(needs(config), cluster_nodes()))
         check_store(store)
         with Progress(terminal) as lines:
-            parallel = config.cluster.parallel_stages
             done = pipeline.run(config, nodes, store, lines, parallel, trackers.steps)
         for stage, table in results.curves(done).items():  # of stages that were in the store, too
             trackers.steps(stage, table.to_pylist())

@@ -7,6 +7,7 @@ forget (k1, u) - reference of the forgotten model - learn (k2, v) - evaluate
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from allo_ray.config.base import Section, semantic
@@ -93,7 +94,7 @@ def graph(config: RunConfig) -> list[Node]:
 
     def locate(k: float) -> str:
         settings = {"k": k, "locate": part(config.locate), "seed": seed}
-        return add(f"locate {100 * k:g} %", LOCATE, settings, start=backbone, tuned="warmup")
+        return add(located(k), LOCATE, settings, start=backbone, tuned="warmup")
 
     tail = backbone
     if config.forget is not None:
@@ -120,6 +121,11 @@ def graph(config: RunConfig) -> list[Node]:
     models = {f"{MODEL_ROLE}{name}": node for name, node in evaluated.items()}
     add("evaluate", EVALUATE, settings, **models, **drawn)
     return list(nodes.values())
+
+
+def located(k: float) -> str:
+    """The node that locates the share k of the neurons: another name for every other k, in per cent."""
+    return f"locate {(100 * Decimal(repr(float(k)))).normalize():f} %"
 
 
 def label(node: str) -> str:

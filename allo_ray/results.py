@@ -19,6 +19,7 @@ from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.errors import UserError
+from allo_ray.method import located
 from allo_ray.models import ModelRef
 from allo_ray.neurons.delta import stack
 from allo_ray.neurons.export import export
@@ -128,11 +129,10 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
     """Everything the report shows, gathered from the artifacts."""
     artifacts = {name: item.artifact for name, item in done.items()}
     scores, comparisons = _scores(artifacts["evaluate"])
-    locate = {float(name.split()[1]): item for name, item in artifacts.items() if name.startswith("locate")}
     selections = {}
     for title, section in (("k1", config.forget), ("k2", config.learn)):
         if section is not None:
-            told = locate[float(f"{100 * section.k:g}")].facts["tensors"]
+            told = artifacts[located(section.k)].facts["tensors"]
             selections[title] = {tensor: tuple(counts) for tensor, counts in told.items()}
     p_re = None
     if "token scores" in artifacts:

@@ -110,6 +110,16 @@ def check(config: TrackConfig) -> None:
         )
 
 
+def of_trial(config: RunConfig, campaign: str, number: int) -> RunConfig:
+    """The run of a trial as trackers are to know it: named by campaign and number, with event files of its own."""
+    name = f"{campaign}-{number:04d}"
+    board = config.track.tensorboard
+    if board is not None and board.folder is not None:
+        board = board.model_copy(update={"folder": f"{board.folder.rstrip('/')}/{name}"})
+    track = config.track.model_copy(update={"tensorboard": board})
+    return config.model_copy(update={"name": name, "track": track})
+
+
 @contextmanager
 def opened(config: RunConfig, folder: Path, warn: Callable[[str], object]) -> Iterator[Trackers]:
     """The trackers that `config.track` asks for; `folder` is the run's. Tells them whether the block failed.

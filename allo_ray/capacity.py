@@ -1,8 +1,8 @@
-"""How many trials a cluster has room for. A trial runs one stage at a time, so what its largest stage takes is enough.
+"""How many stages a cluster has room for side by side: those of a run, or the trials of a campaign.
 
-Trials reserve nothing for their stages: each stage asks Ray for its own trainers, engines and Data tasks, and gives
-them back. Bounding the number of trials keeps that from coming to a stop: were all resources held by trainers that
-wait for rows, the Data tasks that read these could never run.
+A trial runs one stage at a time, so what its largest stage takes is enough. Nothing is reserved beforehand: each stage
+asks Ray for its own trainers, engines and Data tasks, and gives them back. Bounding their number keeps that from coming
+to a stop: were all resources held by trainers that wait for rows, the Data tasks that read these could never run.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class Need:
         return _words({name: sum(one.get(name, 0) for one in self.bundles) for name in ("CPU", "GPU")})
 
 
-def needs(config: RunConfig) -> list[Need]:
-    """What training takes, and what sampling and evaluation take."""
+def needs(config: RunConfig, *own: Bundle) -> list[Need]:
+    """What training takes, and what sampling and evaluation take; and what the process takes that runs the stage."""
     trainer, pool = config.trainer, config.engine.pool
     workers, actors = (_fewest(trainer.workers), _fewest(pool.actors))
     worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)}
     actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)}
     return [
-        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, TRIAL)),
-        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, TRIAL)),
+        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own)),
+        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own)),
     ]
 
 
-def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
-    """How many trials fit side by side on nodes with these resources, whatever stage each of them is at.
+def room(needed: Sequence[Need], nodes: Sequence[Bundle], what: str = "one stage") -> int:
+    """How often `what` fits side by side on nodes with these resources, whichever of `needed` each of them takes.
 
     Raises:
         UserError: not even one does; says what it needs and what there is.
@@ -63,7 +63,7 @@ def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
             there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
             largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
             raise UserError(
-                f"one trial needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
+                f"{what} needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
                 f"{_words(there)} on {len(nodes)} node(s), the largest with {_words(largest)}. Lower "
                 f"{need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
                 "cluster.num_cpus)."
@@ -91,8 +91,8 @@ def concurrency(config: RunConfig, asked: int | None, nodes: Sequence[Bundle], l
     Raises:
         UserError: the cluster is too small for one.
     """
-    needed = needs(config)
-    most = room(needed, nodes)
+    needed = needs(config, TRIAL)
+    most = room(needed, nodes, "one trial")
     if asked is not None:
         return min(asked, most)
     if local:
