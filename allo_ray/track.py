@@ -135,6 +135,8 @@ def opened(config: RunConfig, folder: Path, warn: Callable[[str], object]) -> It
         makers["mlflow"] = lambda section=wanted.mlflow: _Mlflow(section, config.name, told)
     if wanted.wandb is not None:
         makers["wandb"] = lambda section=wanted.wandb: _Wandb(section, config.name, folder, told)
+    if makers:
+        folder.mkdir(parents=True, exist_ok=True)
     backends: dict[str, Tracker] = {}
     for name, make in makers.items():
         try:
