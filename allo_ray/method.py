@@ -7,7 +7,6 @@ forget (k1, u) - reference of the forgotten model - learn (k2, v) - evaluate
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Any
 
 from allo_ray.config.base import Section, semantic
@@ -17,7 +16,7 @@ from allo_ray.data.sources import fingerprint as data_fingerprint
 from allo_ray.models import source_fingerprint
 from allo_ray.pipeline import Node
 from allo_ray.stages.evaluate import EVALUATE, MODEL_ROLE
-from allo_ray.stages.locate import LOCATE
+from allo_ray.stages.locate import LOCATE, located
 from allo_ray.stages.model import MODEL
 from allo_ray.stages.pairs import PAIRS, READ_PAIRS
 from allo_ray.stages.prompts import PROMPTS
@@ -121,11 +120,6 @@ def graph(config: RunConfig) -> list[Node]:
     models = {f"{MODEL_ROLE}{name}": node for name, node in evaluated.items()}
     add("evaluate", EVALUATE, settings, **models, **drawn)
     return list(nodes.values())
-
-
-def located(k: float) -> str:
-    """The node that locates the share k of the neurons: another name for every other k, in per cent."""
-    return f"locate {(100 * Decimal(repr(float(k)))).normalize():f} %"
 
 
 def label(node: str) -> str:

@@ -19,7 +19,6 @@ from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.errors import UserError
-from allo_ray.method import located
 from allo_ray.models import ModelRef
 from allo_ray.neurons.delta import stack
 from allo_ray.neurons.export import export
@@ -27,6 +26,7 @@ from allo_ray.pipeline import Done
 from allo_ray.report.content import Comparison, Divergence, ModelScores, Negative, ReportData, StageTime
 from allo_ray.report.html import render
 from allo_ray.stages.base import artifact_model
+from allo_ray.stages.locate import located
 from allo_ray.store import Artifact, Store, local_path
 from evals.statistics import paired_p_value, wilson_interval
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from allo_ray.config.load import load
-from allo_ray.method import graph, located
+from allo_ray.method import graph
 from allo_ray.pipeline import plan
+from allo_ray.stages.locate import located
 from allo_ray.store import Store
 
 

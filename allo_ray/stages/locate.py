@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 from torch import Tensor
@@ -41,6 +42,11 @@ def run(ctx: Context) -> None:
         neurons=selection.total,
         tensors={name: [selection.count_of(name), selection.size_of(name)] for name in selection.names},
     )
+
+
+def located(k: float) -> str:
+    """What a run calls the node that locates the share k of the neurons: another name for every other k, in per cent."""
+    return f"locate {(100 * Decimal(repr(float(k)))).normalize():f} %"
 
 
 LOCATE = Stage("locate", 1, run)

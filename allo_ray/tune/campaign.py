@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from allo_ray import align, estimate, method, pipeline, results, track
-from allo_ray.capacity import TRIAL, cluster_nodes, concurrency, needs, room
+from allo_ray.capacity import cluster_nodes, needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.space import Value
 from allo_ray.config.track import TrackConfig
@@ -25,6 +25,7 @@ from allo_ray.report.wording import NONE, duration
 from allo_ray.session import chatter_to, cluster
 from allo_ray.store import Store
 from allo_ray.tune import outcome
+from allo_ray.tune.concurrency import TRIAL, concurrency
 from allo_ray.tune.measure import EVALUATE, check_measures, scores_of
 from allo_ray.tune.outcome import Outcome
 from allo_ray.tune.records import Records, Scores, claim, folder_of

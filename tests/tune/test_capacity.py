@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from allo_ray.capacity import TRIAL, concurrency, needs, room
+from allo_ray.capacity import needs, room
 from allo_ray.config.load import load
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
+from allo_ray.tune.concurrency import TRIAL, concurrency
 
 GIB = float(1 << 30)
 
