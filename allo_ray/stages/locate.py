@@ -45,7 +45,7 @@ def run(ctx: Context) -> None:
 
 
 def located(k: float) -> str:
-    """What a run calls the node that locates the share k of the neurons: another name for every other k, in per cent."""
+    """What a run calls the node that locates the share k of the neurons: by per cent, no two k alike."""
     return f"locate {(100 * Decimal(repr(float(k)))).normalize():f} %"
 
 
