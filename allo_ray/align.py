@@ -39,7 +39,7 @@ def align(config: RunConfig) -> Run:
         return run
     check(config, store)
     log = results.claim(config) / "run.log"
-    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
+    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False, soft_wrap=True)
     gpus = max(config.trainer.num_gpus, config.engine.pool.num_gpus)
     with (
         chatter_to(log) as terminal,

@@ -56,7 +56,7 @@ def tune(campaign: Campaign) -> Outcome:
     folder = claim(campaign)
     records = Records(folder)
     log = folder / "campaign.log"
-    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
+    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False, soft_wrap=True)
     gpus = max(campaign.base.trainer.num_gpus, campaign.base.engine.pool.num_gpus)
     with chatter_to(log) as terminal, cluster(campaign.base.cluster, gpus), Progress(terminal) as lines:
         found = search(campaign, records, store, keys, lines)
