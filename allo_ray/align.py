@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from allo_ray import estimate, method, pipeline, preflight, results, track
+from allo_ray.capacity import cluster_nodes, needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
@@ -38,7 +39,7 @@ def align(config: RunConfig) -> Run:
         return run
     check(config, store)
     log = results.claim(config) / "run.log"
-    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
+    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False, soft_wrap=True)
     gpus = max(config.trainer.num_gpus, config.engine.pool.num_gpus)
     with (
         chatter_to(log) as terminal,
@@ -46,9 +47,9 @@ def align(config: RunConfig) -> Run:
         cluster(config.cluster, gpus),
     ):
         connected = time.perf_counter() - started
+        parallel = min(config.cluster.parallel_stages, room(needs(config), cluster_nodes()))
         check_store(store)
         with Progress(terminal) as lines:
-            parallel = config.cluster.parallel_stages
             done = pipeline.run(config, nodes, store, lines, parallel, trackers.steps)
         for stage, table in results.curves(done).items():  # of stages that were in the store, too
             trackers.steps(stage, table.to_pylist())

@@ -16,7 +16,7 @@ from allo_ray.data.sources import fingerprint as data_fingerprint
 from allo_ray.models import source_fingerprint
 from allo_ray.pipeline import Node
 from allo_ray.stages.evaluate import EVALUATE, MODEL_ROLE
-from allo_ray.stages.locate import LOCATE
+from allo_ray.stages.locate import LOCATE, located
 from allo_ray.stages.model import MODEL
 from allo_ray.stages.pairs import PAIRS, READ_PAIRS
 from allo_ray.stages.prompts import PROMPTS
@@ -93,7 +93,7 @@ def graph(config: RunConfig) -> list[Node]:
 
     def locate(k: float) -> str:
         settings = {"k": k, "locate": part(config.locate), "seed": seed}
-        return add(f"locate {100 * k:g} %", LOCATE, settings, start=backbone, tuned="warmup")
+        return add(located(k), LOCATE, settings, start=backbone, tuned="warmup")
 
     tail = backbone
     if config.forget is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from allo_ray.config.model import ModelConfig
 from allo_ray.errors import UserError
-from allo_ray.store import cache_folder
+from allo_ray.store import cache_folder, local_path
 
 #: `model.path` of the model that a package carries, and kinds of tiny models (`tiny:<kind>`).
 SMOLLM2_PATH, TINY_KINDS = "package:smollm2", ("llama", "qwen")
@@ -41,6 +41,14 @@ class ModelRef:
     def layers(self) -> tuple[str, ...]:
         """Delta files to apply to `base`, in order, for the fp32 values of every neuron."""
         return (*((self.masters,) if self.masters else ()), *self.deltas)
+
+    @property
+    def here(self) -> ModelRef:
+        """The same model by paths on this machine, as engines and trainers open it; what is behind URLs is fetched."""
+        masters = str(local_path(self.masters)) if self.masters else None
+        return ModelRef(
+            str(local_path(self.base)), masters, tuple(str(local_path(one)) for one in self.deltas)
+        )
 
 
 TINY_TEXT = (

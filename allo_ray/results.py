@@ -26,6 +26,7 @@ from allo_ray.pipeline import Done
 from allo_ray.report.content import Comparison, Divergence, ModelScores, Negative, ReportData, StageTime
 from allo_ray.report.html import render
 from allo_ray.stages.base import artifact_model
+from allo_ray.stages.locate import located
 from allo_ray.store import Artifact, Store, local_path
 from evals.statistics import paired_p_value, wilson_interval
 
@@ -128,11 +129,10 @@ def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> Re
     """Everything the report shows, gathered from the artifacts."""
     artifacts = {name: item.artifact for name, item in done.items()}
     scores, comparisons = _scores(artifacts["evaluate"])
-    locate = {float(name.split()[1]): item for name, item in artifacts.items() if name.startswith("locate")}
     selections = {}
     for title, section in (("k1", config.forget), ("k2", config.learn)):
         if section is not None:
-            told = locate[float(f"{100 * section.k:g}")].facts["tensors"]
+            told = artifacts[located(section.k)].facts["tensors"]
             selections[title] = {tensor: tuple(counts) for tensor, counts in told.items()}
     p_re = None
     if "token scores" in artifacts:

@@ -104,7 +104,9 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
         if address:
             # Inside a submitted job its own runtime environment stays; without this Ray refuses names that both set.
             os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-            variables = {"env_vars": ENVIRONMENT}
+            # Stages of a store behind a URL work in this folder, and other nodes have to open it too.
+            cache = {name: os.environ[name] for name in ("ALLO_RAY_CACHE",) if name in os.environ}
+            variables = {"env_vars": ENVIRONMENT | cache}
             ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 from fsspec.implementations.local import LocalFileSystem
 
 from allo_ray.errors import UserError
@@ -30,6 +31,8 @@ from allo_ray.errors import UserError
 FORMAT = 1
 HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 30.0
+#: Whoever writes a lease last holds it; by then the others have written theirs.
+SETTLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,12 @@ class Store:
 
         def renew() -> None:
             while not done.wait(HEARTBEAT_SECONDS):
-                self._write_lease(path, owner, "wt")
+                try:
+                    if self._holder(path) != owner:  # it had stopped for so long that another took over
+                        return
+                    self._write_lease(path, owner)
+                except OSError:  # storage that hiccups: the next beat may pass
+                    continue
 
         thread = threading.Thread(target=renew, daemon=True, name=f"lease-{stage}")
         thread.start()
@@ -148,44 +156,58 @@ class Store:
         finally:
             done.set()
             thread.join()
-            self.files.rm_file(self._strip(path))
+            if self._holder(path) == owner:
+                self.files.rm_file(self._strip(path))
 
     def free_bytes(self) -> int | None:
         """Free disk of a local store, None elsewhere."""
         return shutil.disk_usage(self.root).free if self.local else None
 
     def _take(self, path: str, owner: str) -> bool:
-        try:
-            with self.files.open(path, "rt") as file:
-                told = json.load(file)
-            if not self._expired(told):
-                return False
-            self.files.rm_file(self._strip(path))
-        except (FileNotFoundError, json.JSONDecodeError):
-            pass
-        try:
-            self._write_lease(path, owner, "xt" if self.local else "wt")
-        except FileExistsError:
+        told = self._read_lease(path)
+        if told is not None and not self._expired(told):
             return False
-        with self.files.open(path, "rt") as file:
-            return json.load(file)["owner"] == owner
+        if told is None and self.local:
+            try:
+                self._write_lease(path, owner, new=True)
+            except FileExistsError:
+                return False
+            return True
+        # No file system has "replace if it still is what I read": all who see that it is free write, the last one wins.
+        self._write_lease(path, owner)
+        time.sleep(SETTLE_SECONDS)
+        return self._holder(path) == owner
 
     def _expired(self, told: Mapping[str, Any]) -> bool:
-        if told["host"] == socket.gethostname() and not Path(f"/proc/{told['pid']}").exists():
+        if told["host"] == socket.gethostname() and not _runs(told["pid"]):
             return True
         return time.time() - told["time"] > LEASE_SECONDS
 
-    def _write_lease(self, path: str, owner: str, mode: str) -> None:
+    def _holder(self, path: str) -> str | None:
+        told = self._read_lease(path)
+        return told and told["owner"]
+
+    def _read_lease(self, path: str) -> dict[str, Any] | None:
+        try:
+            with self.files.open(path, "rt") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:  # just being written, or by one that died over it
+            written = self.files.modified(self._strip(path)).timestamp()
+            return {"owner": "", "host": "", "pid": 0, "time": written}
+
+    def _write_lease(self, path: str, owner: str, new: bool = False) -> None:
         text = json.dumps(
             {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         )
-        if self.local and mode == "wt":
+        if self.local and not new:
             part = Path(f"{path}.{owner}")
             part.write_text(text)
             part.replace(path)
             return
         self.files.makedirs(str(Path(self._strip(path)).parent), exist_ok=True)
-        with self.files.open(path, mode) as file:
+        with self.files.open(path, "xt" if new else "wt") as file:
             file.write(text)
 
     def _strip(self, path: str) -> str:
@@ -222,6 +244,14 @@ class Store:
 
     def _unusable(self, error: OSError) -> UserError:
         return UserError(f"store {self.root}: {error}. Give a folder that you may write with store: ...")
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process lives; one that has ended and was not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _rename_or_discard(folder: Path, target: Path) -> None:

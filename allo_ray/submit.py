@@ -175,9 +175,11 @@ def check_command(command: Sequence[str], folder: Path) -> str | None:
 
 def _check_shared(source: str, key: str, value: str) -> None:
     if not value.startswith("/") and "://" not in value:
+        name = key.rpartition(".")[2]
+        url = "" if name == "runs" else ", or a URL"
         raise UserError(
             f"{source}: `{key}: {value}` would lie in the job's temporary folder on one node. Name a path that all "
-            f"nodes mount, or a URL: --set {key}=/shared/{key.rpartition('.')[2]}"
+            f"nodes mount{url}: --set {key}=/shared/{name}"
         )
 
 

@@ -110,6 +110,16 @@ def check(config: TrackConfig) -> None:
         )
 
 
+def of_trial(config: RunConfig, campaign: str, number: int) -> RunConfig:
+    """The run of a trial as trackers are to know it: named by campaign and number, with event files of its own."""
+    name = f"{campaign}-{number:04d}"
+    board = config.track.tensorboard
+    if board is not None and board.folder is not None:
+        board = board.model_copy(update={"folder": f"{board.folder.rstrip('/')}/{name}"})
+    track = config.track.model_copy(update={"tensorboard": board})
+    return config.model_copy(update={"name": name, "track": track})
+
+
 @contextmanager
 def opened(config: RunConfig, folder: Path, warn: Callable[[str], object]) -> Iterator[Trackers]:
     """The trackers that `config.track` asks for; `folder` is the run's. Tells them whether the block failed.
@@ -125,6 +135,8 @@ def opened(config: RunConfig, folder: Path, warn: Callable[[str], object]) -> It
         makers["mlflow"] = lambda section=wanted.mlflow: _Mlflow(section, config.name, told)
     if wanted.wandb is not None:
         makers["wandb"] = lambda section=wanted.wandb: _Wandb(section, config.name, folder, told)
+    if makers:
+        folder.mkdir(parents=True, exist_ok=True)
     backends: dict[str, Tracker] = {}
     for name, make in makers.items():
         try:

@@ -9,7 +9,7 @@ are processes of their own, one after the other, with clusters of their own.
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side
 include waiting. `ratio.compute_vs_independent` is by CPU time. `equal` says whether a trial that was run alone gave the
-same models, bit for bit, and the same scores.
+same models, bit for bit, and the same scores. `cache_hits` counts by stage how often a trial found it in the store.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class CpuClock(threading.Thread):
         super().__init__(daemon=True)
         self._root = psutil.Process(pid)
         self._seen: dict[tuple[int, float], float] = {}
-        self._stop = threading.Event()
+        self._over = threading.Event()  # Thread has a method _stop of its own
 
     def run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._over.wait(0.5):
             self._look()
 
     def seconds(self) -> float:
         """Ends the clock."""
-        self._stop.set()
+        self._over.set()
         self.join()
         return sum(self._seen.values())
 
@@ -101,12 +101,14 @@ def campaign(folder: Path, trials: int, concurrent: int) -> dict[str, Any]:
     (folder / "campaign.yaml").write_text(yaml.safe_dump(told))
     cpu, wall = job("tune", "--config", str(folder / "campaign.yaml"))
     summary = json.loads((folder / "runs" / "shared" / "summary.json").read_text())
+    if summary["trials"].get("finished") != trials:
+        raise SystemExit(f"of {trials} trials there are: {summary['trials']}")
     return {
         "cpu_seconds": cpu,
         "wall_seconds": wall,
         "stage_seconds": summary["stage_seconds"]["spent"],
-        "finished": summary["trials"].get("finished", 0),
         "stages": summary["stages"],
+        "cache_hits": {stage["stage"]: stage["reused"] for stage in summary["stages"]},
         "records": list(Records(folder / "runs" / "shared")),
     }
 

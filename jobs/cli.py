@@ -11,6 +11,7 @@ from allo_ray.session import quiet
 #: Job -> what it does. Every one is a module of this package with a function main(arguments) -> exit code.
 JOBS = {
     "align": "align a model: the whole method, from data to report",
+    "tune": "search fields of a run: many trials that share their stages",
     "sample": "sample responses to many prompts, resumable",
     "score": "log-probabilities of given responses, token by token, resumable",
     "eval": "answer and score evaluation suites with any model",

@@ -1,4 +1,4 @@
-"""Searches fields of a run: `python -m jobs.tune --config campaign`, on its own or as the command of `ray job submit`.
+"""Searches fields of a run: `allo tune --config campaign`, or `ray job submit ... -- python -m jobs.tune --config ...`.
 
 The same command goes on with an interrupted campaign; with a higher `trials` it goes on with a finished one.
 """

@@ -9,6 +9,7 @@ import pytest
 from allo_ray.config.load import load
 from allo_ray.method import graph
 from allo_ray.pipeline import plan
+from allo_ray.stages.locate import located
 from allo_ray.store import Store
 
 
@@ -79,3 +80,11 @@ def test_the_divergence_is_measured_on_the_runs_own_samples() -> None:
     overrides = ["model.path=tiny:llama", f"data.path={__file__}", "data.format=jsonl"]
     ready = [node for node in graph(load("instruct", overrides)) if node.name == "evaluate"]
     assert set(ready[0].inputs) == {f"model {label}" for label in ("SFT", "DPO", "forgotten", "ALLO")}
+
+
+def test_every_other_share_is_located_by_another_node() -> None:
+    """Also where two of them are equal to six digits; the common ones read as they are written."""
+    assert [located(k) for k in (0.05, 0.1, 0.07, 1)] == [f"locate {k} %" for k in (5, 10, 7, 100)]
+    config = load("smoke", ["forget.k=0.1", "learn.k=0.10000001"])
+    names = [node.name for node in graph(config)]
+    assert {"locate 10 %", "locate 10.000001 %"} <= set(names)

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from allo_ray.errors import UserError
-from allo_ray.store import Store, local_path
+from allo_ray.store import LEASE_SECONDS, Store, local_path
 
 TOLD = {"facts": {"rows": 3}, "seconds": 1.5, "startup_seconds": 0.5}
 
@@ -93,6 +99,62 @@ def test_the_lease_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     start = time.monotonic()
     with store.lease("x", "k"):
         assert time.monotonic() - start < 5
+
+
+def test_the_lease_of_a_process_that_nobody_waited_for_is_taken_over(tmp_path: Path) -> None:
+    """A zombie keeps its number, and works on nothing."""
+    store = Store(str(tmp_path))
+    zombie = subprocess.Popen(["true"])
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    held = {"owner": "gone", "host": os.uname().nodename, "pid": zombie.pid, "time": time.time()}
+    (tmp_path / ".leases").mkdir()
+    (tmp_path / ".leases" / "x-k.json").write_text(json.dumps(held))
+    start = time.monotonic()
+    with store.lease("x", "k"):
+        assert time.monotonic() - start < 5
+    zombie.wait()
+
+
+def test_a_lease_whose_holder_died_over_writing_it_is_taken_over(tmp_path: Path) -> None:
+    store, lease = Store(str(tmp_path)), tmp_path / ".leases" / "x-k.json"
+    lease.parent.mkdir()
+    lease.touch()
+    assert not store._take(str(lease), "me"), "it may be written just now"
+    long_ago = time.time() - LEASE_SECONDS - 1
+    os.utime(lease, (long_ago, long_ago))
+    assert store._take(str(lease), "me")
+
+
+@pytest.mark.parametrize("url", ["{tmp}/store", "memory://leases-{name}"])
+def test_of_all_who_see_that_a_lease_has_expired_one_gets_it(url: str, tmp_path: Path) -> None:
+    """All read it at the same moment, before any of them writes."""
+    store = Store(url.format(tmp=tmp_path, name=tmp_path.name))
+    path = f"{store.root}/.leases/x-k.json"
+    gone = {"owner": "gone", "host": "elsewhere", "pid": 1, "time": 0}
+    store.files.makedirs(store._strip(f"{store.root}/.leases"), exist_ok=True)
+    with store.files.open(path, "wt") as file:
+        file.write(json.dumps(gone))
+    together = threading.Barrier(8)
+    expired = store._expired
+
+    def seen_by_all(told: Mapping[str, Any]) -> bool:
+        together.wait(20)
+        return expired(told)
+
+    store._expired = seen_by_all
+    with ThreadPoolExecutor(8) as pool:
+        took = list(pool.map(lambda number: store._take(path, f"owner-{number}"), range(8)))
+    assert took.count(True) == 1
+    assert store._holder(path) == f"owner-{took.index(True)}"
+
+
+def test_who_lost_its_lease_leaves_the_next_holder_alone(tmp_path: Path) -> None:
+    store, lease = Store(str(tmp_path)), tmp_path / ".leases" / "x-k.json"
+    other = json.dumps({"owner": "other", "host": "elsewhere", "pid": 1, "time": time.time()})
+    with store.lease("x", "k"):
+        lease.write_text(other)
+    assert lease.read_text() == other
 
 
 def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:

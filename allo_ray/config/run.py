@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
@@ -58,7 +58,7 @@ class RunConfig(Section):
     seed: int = 17
     #: Artifacts of finished stages: a folder or a URL that every node reaches.
     store: str = "store"
-    #: Results are written to <runs>/<name>.
+    #: Results are written to <runs>/<name>: a folder, no URL.
     runs: str = "runs"
     model: ModelConfig
     data: DataConfig
@@ -78,6 +78,13 @@ class RunConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
     cluster: ClusterConfig = ClusterConfig()
     track: TrackConfig = TrackConfig()
+
+    @field_validator("runs")
+    @classmethod
+    def _folder(cls, runs: str) -> str:
+        if "://" in runs:
+            raise ValueError("results are written to a folder; a URL may stand in `store` alone")
+        return runs
 
     @model_validator(mode="after")
     def _dtype_on_gpus(self) -> RunConfig:

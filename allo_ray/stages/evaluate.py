@@ -249,9 +249,10 @@ def _divergences(found: dict[str, Artifact | None], rows: pa.Table) -> dict[str,
 
 def _folder(model: ModelRef, scratch: Path) -> str:
     """A folder with the model's weights: its own where nothing was trained since, else one for the time."""
-    if not model.deltas:
-        return model.base
-    export(local_path(model.base), [local_path(delta) for delta in model.deltas], scratch)
+    here = model.here
+    if not here.deltas:
+        return here.base
+    export(Path(here.base), [Path(delta) for delta in here.deltas], scratch)
     return str(scratch)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
 
 from torch import Tensor
 
@@ -10,12 +12,11 @@ from allo_ray.models import fingerprint
 from allo_ray.neurons.masters import iter_masters
 from allo_ray.neurons.select import select
 from allo_ray.stages.base import Context, Stage
-from allo_ray.store import local_path
 
 
 def run(ctx: Context) -> None:
     """Writes selection.safetensors. Facts: neurons selected and in all, and both by tensor."""
-    start, tuned = ctx.model("start"), ctx.model("tuned")
+    start, tuned = ctx.model("start").here, ctx.model("tuned").here
     options = ctx.settings["locate"]
 
     def tensors() -> Iterator[tuple[str, Tensor, Tensor]]:  # both models, tensor by tensor, in the same order
@@ -33,7 +34,7 @@ def run(ctx: Context) -> None:
         order=order,
         include=options["include"],
         seed=ctx.settings["seed"],
-        base=fingerprint(local_path(start.base)),
+        base=fingerprint(Path(start.base)),
     )
     selection.save(ctx.out / "selection.safetensors")
     ctx.facts.update(
@@ -41,6 +42,11 @@ def run(ctx: Context) -> None:
         neurons=selection.total,
         tensors={name: [selection.count_of(name), selection.size_of(name)] for name in selection.names},
     )
+
+
+def located(k: float) -> str:
+    """What a run calls the node that locates the share k of the neurons: by per cent, no two k alike."""
+    return f"locate {(100 * Decimal(repr(float(k)))).normalize():f} %"
 
 
 LOCATE = Stage("locate", 1, run)

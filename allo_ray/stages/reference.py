@@ -15,7 +15,7 @@ def run(ctx: Context) -> None:
     if ctx.inputs["start"].facts.get("logprobs") == wanted:
         shutil.copytree(ctx.file("start", LOGPROBS), ctx.out / LOGPROBS, dirs_exist_ok=True)
         return
-    start = ctx.model("start")
+    start = ctx.model("start").here
     result = compute_logprobs(
         base=start.base,
         layers=start.layers,

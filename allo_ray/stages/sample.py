@@ -13,7 +13,7 @@ def run(ctx: Context) -> None:
     config = SampleConfig(**ctx.settings["sample"])
     facts = sample(
         ctx.file("prompts", "prompts.parquet"),
-        ctx.model("model").base,
+        ctx.model("model").here.base,
         ctx.config.engine,
         Sampling(config.temperature, config.top_p, config.max_tokens, config.stop),
         config.n,

@@ -14,8 +14,8 @@ from allo_ray.store import local_path
 
 def run(ctx: Context) -> None:
     """Writes token_scores.parquet on the policy's tokens; P_re, never r, so that u stays a look-up."""
-    model, pairs = ctx.model("model").base, ctx.file("pairs", "pairs.parquet")
-    reward = Tokeniser(str(local_path(model)))
+    model, pairs = ctx.model("model").here.base, ctx.file("pairs", "pairs.parquet")
+    reward = Tokeniser(model)
     policy = Tokeniser(str(local_path(ctx.model("policy").base)))
     rows = ctx.out / "score_rows.parquet"
     write_score_rows(rows, pairs=pairs, policy=policy, reward=reward)

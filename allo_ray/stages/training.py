@@ -28,9 +28,10 @@ def fit(
     log-probs of all pairs too, before it leaves the memory (the next stage's reference, without another start-up).
     """
     start = ctx.model("start")
+    here = start.here
     job = TrainJob(
-        base=start.base,
-        layers=start.layers,
+        base=here.base,
+        layers=here.layers,
         selection=str(ctx.file(selection, "selection.safetensors")) if selection else None,
         rows=str(rows),
         loss=loss,

@@ -10,19 +10,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from allo_ray import align, estimate, method, pipeline
+from allo_ray import align, estimate, method, pipeline, results, track
+from allo_ray.capacity import cluster_nodes, needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.space import Value
+from allo_ray.config.track import TrackConfig
 from allo_ray.config.tune import Campaign
 from allo_ray.errors import UserError
 from allo_ray.models import neurons_of
+from allo_ray.reach import check_folder, check_store
 from allo_ray.report.campaign_figures import worded
 from allo_ray.report.terminal import Progress
 from allo_ray.report.wording import NONE, duration
 from allo_ray.session import chatter_to, cluster
 from allo_ray.store import Store
 from allo_ray.tune import outcome
-from allo_ray.tune.capacity import TRIAL, cluster_nodes, concurrency, needs
+from allo_ray.tune.concurrency import TRIAL, concurrency
 from allo_ray.tune.measure import EVALUATE, check_measures, scores_of
 from allo_ray.tune.outcome import Outcome
 from allo_ray.tune.records import Records, Scores, claim, folder_of
@@ -53,7 +56,7 @@ def tune(campaign: Campaign) -> Outcome:
     folder = claim(campaign)
     records = Records(folder)
     log = folder / "campaign.log"
-    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False)
+    console.print(f"What Ray, vLLM and DeepSpeed say goes to {log}", highlight=False, soft_wrap=True)
     gpus = max(campaign.base.trainer.num_gpus, campaign.base.engine.pool.num_gpus)
     with chatter_to(log) as terminal, cluster(campaign.base.cluster, gpus), Progress(terminal) as lines:
         found = search(campaign, records, store, keys, lines)
@@ -104,9 +107,21 @@ def search(
     placed = Campaign(config, campaign.base.model_copy(update={"store": store.root}))
     local = placed.base.cluster.address is None and "RAY_ADDRESS" not in os.environ
     at_once = concurrency(placed.base, config.concurrent, cluster_nodes(), local)
+    check_store(store)
+    if placed.base.track != TrackConfig():
+        check_folder(
+            str(records.folder),
+            "Trackers of trials write there: set `runs` to a folder that all nodes mount.",
+        )
     run = placed.run(_first(campaign))
     part = shared_part(graph(run), store, keys)
-    made = pipeline.run(run, part, store, lines, parallel=run.cluster.parallel_stages)
+    parallel = min(run.cluster.parallel_stages, room(needs(run), cluster_nodes()))
+    with track.opened(
+        placed.base.model_copy(update={"name": config.name}), records.folder, lines.say
+    ) as trackers:
+        made = pipeline.run(run, part, store, lines, parallel, trackers.steps)
+        for stage, curve in results.curves(made).items():  # of stages that were in the store, too
+            trackers.steps(stage, curve.to_pylist())
     shared = {name: f"{item.artifact.stage}/{item.artifact.key}" for name, item in made.items()}
     start: Scores = {}
     if EVALUATE in made:
@@ -117,7 +132,7 @@ def search(
         if missing > 0:
             lines.say(f"{missing} trials to go, {min(at_once, missing)} at a time")
             board = put_up()
-            setting = Setting(placed, graph, os.getcwd(), shared, board)
+            setting = Setting(placed, graph, os.getcwd(), str(records.folder.absolute()), shared, board)
             with Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
                 _fit(setting, CampaignSearcher(campaign, records, watch), scheduler, missing, at_once)
@@ -209,7 +224,7 @@ def explain(campaign: Campaign) -> None:
     needed = estimate.estimate(campaign.base, neurons_of(campaign.base.model))
     largest = max(*needed.training.values(), needed.engine) / estimate.GIB
     console.print(f"\nMemory of the largest stage of a trial: {largest:.1f} GiB", highlight=False)
-    for need in needs(campaign.base):
+    for need in needs(campaign.base, TRIAL):
         console.print(f"A trial takes {need.words} ({need.settings}, and a reader)", highlight=False)
 
 

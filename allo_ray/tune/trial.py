@@ -18,14 +18,16 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from allo_ray import pipeline
+from allo_ray import pipeline, results, track
 from allo_ray.config.tune import Campaign
 from allo_ray.errors import UserError
 from allo_ray.pipeline import Done
 from allo_ray.report.terminal import Progress
+from allo_ray.results import KL
 from allo_ray.session import quiet
 from allo_ray.store import Store
 from allo_ray.tune.measure import EVALUATE, scores_of, value_of
+from allo_ray.tune.records import Scores
 from allo_ray.tune.sharing import Graph, early_part
 
 #: What a trial reports: how far it is (1: it has forgotten, 2: it is complete), what it is judged by, and the rest.
@@ -44,6 +46,8 @@ class Setting:
     graph: Graph
     #: Folder that relative paths of the config start from.
     folder: str
+    #: The campaign's own folder; trackers of trials write below it.
+    results: str
     #: Artifacts that were computed for all trials beforehand: node -> <stage>/<key>.
     shared: Mapping[str, str]
     #: The actor that shows what trials do.
@@ -55,8 +59,12 @@ class TrialLines(Progress):
 
     def __init__(self, stages: int, tell: Tell) -> None:
         super().__init__(Console(quiet=True), TOLD_EVERY)
-        self.stages, self.tell = stages, tell
-        self.finished = 0
+        self.tell = tell
+        self.begin(stages)
+
+    def begin(self, stages: int) -> None:
+        """Counts from zero, for that many stages."""
+        self.stages, self.finished = stages, 0
 
     def say(self, text: str) -> None:
         _, _, rest = text.partition(": ")
@@ -81,19 +89,30 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
         parts = {2: nodes}
         if config.scheduler == "asha":
             parts = {1: early_part(nodes), 2: nodes}
-        for step, part in parts.items():
-            lines = TrialLines(len(part), lambda *words: board.tell.remote(number, *words))
-            done = pipeline.run(run, part, store, lines, parallel=1)
-            made.update(_named(done, step))
-            scores = scores_of(done[EVALUATE].artifact)
-            goals = (
-                (config.objective, config.second, *config.constraints) if step == 2 else (config.objective,)
-            )
-            objective, *_ = [value_of(goal, scores) for goal in goals if goal is not None]
-            seconds = round(time.perf_counter() - started, 1)
-            # As text: Tune flattens what is nested before it reaches the searcher.
-            found = json.dumps({"scores": scores, "artifacts": made})
-            tune.report({STEP: step, OBJECTIVE: objective, FOUND: found, "seconds": seconds})
+        told_as = track.of_trial(run, config.name, number)
+        folder = Path(setting.results) / "tracked" / told_as.name
+        lines = TrialLines(len(nodes), lambda *words: board.tell.remote(number, *words))
+        with track.opened(told_as, folder, lines.say) as trackers:
+            for step, part in parts.items():
+                lines.begin(len(part))
+                done = pipeline.run(run, part, store, lines, 1, trackers.steps)
+                own = {name: item for name, item in done.items() if name not in setting.shared}
+                for stage, curve in results.curves(own).items():  # what another trial has computed, too
+                    trackers.steps(stage, curve.to_pylist())
+                made.update(_named(done, step))
+                scores = scores_of(done[EVALUATE].artifact)
+                seconds = round(time.perf_counter() - started, 1)
+                if step == 2:
+                    trackers.results({"wall_seconds": seconds, "models": _plain(scores)})
+                goals = (
+                    (config.objective, config.second, *config.constraints)
+                    if step == 2
+                    else (config.objective,)
+                )
+                objective, *_ = [value_of(goal, scores) for goal in goals if goal is not None]
+                # As text: Tune flattens what is nested before it reaches the searcher.
+                found = json.dumps({"scores": scores, "artifacts": made})
+                tune.report({STEP: step, OBJECTIVE: objective, FOUND: found, "seconds": seconds})
     except UserError as error:
         tune.report({STEP: 0, "error": str(error), "seconds": round(time.perf_counter() - started, 1)})
     except Exception:
@@ -105,3 +124,11 @@ def _named(done: Mapping[str, Done], step: int) -> dict[str, str]:
     """Node -> <stage>/<key>; the evaluation of step 1 is another than that of step 2."""
     names = {name: f"{name} (early)" if (name, step) == (EVALUATE, 1) else name for name in done}
     return {names[name]: f"{item.artifact.stage}/{item.artifact.key}" for name, item in done.items()}
+
+
+def _plain(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores as summary.json of a run has them: accuracy by suite, and the mean of the divergence."""
+    return {
+        label: {suite: {"mean": told[KL]} if suite == KL else told for suite, told in suites.items()}
+        for label, suites in scores.items()
+    }

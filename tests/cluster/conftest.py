@@ -41,6 +41,7 @@ def local_cluster() -> Iterator[LocalCluster]:
         "ALLO_CLUSTER_DIR": folder,
         "ALLO_HEAD_CPUS": "0",
         "OMP_NUM_THREADS": "1",
+        "RAY_metrics_report_interval_ms": "1000",
     }
     environment["PATH"] = f"{os.path.dirname(os.sys.executable)}:{environment['PATH']}"
     environment["ALLO_BIN"] = os.path.dirname(os.sys.executable)

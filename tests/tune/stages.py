@@ -30,6 +30,7 @@ from allo_ray.store import Store
 from allo_ray.tune.campaign import check, search
 from allo_ray.tune.outcome import Outcome
 from allo_ray.tune.records import Records, claim
+from jobs.cli import guarded
 
 QUESTIONS = 200
 
@@ -54,6 +55,12 @@ def _journal(ctx: Context, stage: str, begun: float) -> None:
         file.write(line)
 
 
+def _curve(ctx: Context) -> None:
+    """A step as trained stages leave it."""
+    row = dict.fromkeys(tables.METRICS.schema.names) | {"step": 0, "loss": ctx.settings.get("u", 0.5)}
+    tables.METRICS.write([row], ctx.out / "metrics.parquet")
+
+
 def journal(store: Path) -> list[tuple[str, str, int, float, float]]:
     """(stage, key, process, beginning, end) of each execution."""
     lines = (store.parent / "journal.txt").read_text().splitlines()
@@ -64,6 +71,7 @@ def journal(store: Path) -> list[tuple[str, str, int, float, float]]:
 def _sft(ctx: Context) -> None:
     begun = time.time()
     (ctx.out / "number").write_text("0.5")
+    _curve(ctx)
     _journal(ctx, "sft", begun)
 
 
@@ -73,6 +81,7 @@ def _forget(ctx: Context) -> None:
     loss = abs(ctx.settings["k"] - 0.1) + abs(ctx.settings["u"] - 0.9)
     number = float(ctx.file("start", "number").read_text())
     (ctx.out / "number").write_text(str(number + 0.2 - loss / 2))
+    _curve(ctx)
     _journal(ctx, "forget", begun)
 
 
@@ -111,6 +120,7 @@ def _learn(ctx: Context) -> None:
         assert rows.count() == workers
     number = float(ctx.file("start", "number").read_text())
     (ctx.out / "number").write_text(str(number + 0.2 - abs(settings["v"] - 0.2) / 2))
+    _curve(ctx)
     _journal(ctx, "learn", begun)
 
 
@@ -147,10 +157,14 @@ def run(campaign: Campaign) -> Outcome:
     return search(campaign, Records(claim(campaign)), store, keys, lines, graph)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """As a job of `allo`: see the module."""
     import ray
 
-    from tests.tune import stages  # by its name, so that workers find the stages there
+    ray.init(address=arguments[1], log_to_driver=False)
+    run(load_campaign(arguments[0]))
+    return 0
 
-    ray.init(address=sys.argv[2], log_to_driver=False)
-    stages.run(load_campaign(sys.argv[1]))
+
+if __name__ == "__main__":
+    sys.exit(guarded("tests.tune.stages", sys.argv[1:]))  # by its name, so that workers find the stages there

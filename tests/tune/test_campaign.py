@@ -165,8 +165,30 @@ def test_two_objectives_give_a_front(write_campaign: Write) -> None:
     assert found.summary["front"]
 
 
-class Killed:
-    """A driver in a process of its own on the session's cluster."""
+def test_trackers_know_what_trials_share_and_each_trial_of_its_own(write_campaign: Write) -> None:
+    """The campaign has the curve of the SFT stage; each trial those of its own stages, computed by it or not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = run(load_campaign(write_campaign(set={"track": {"tensorboard": {}}})))
+
+    def told(folder: Path) -> dict[str, float]:
+        board = EventAccumulator(str(folder / "tensorboard"))
+        board.Reload()
+        return {name: board.Scalars(name)[0].value for name in board.Tags()["scalars"]}
+
+    assert told(found.folder) == {"sft/loss": 0.5}
+    for record in Records(found.folder):
+        values = told(found.folder / "tracked" / f"thresholds-{record.number:04d}")
+        assert values["forget/loss"] == pytest.approx(record.values["u"])
+        assert values["learn/loss"] == 0.5
+        assert "sft/loss" not in values
+        expected = record.scores["ALLO"]["held-out"]["accuracy"]
+        assert values["final/held-out/ALLO"] == pytest.approx(expected)
+        assert values["final/kl/SFT"] == 0
+
+
+class Driver:
+    """A campaign in a process of its own on the session's cluster."""
 
     def __init__(self, campaign: Path) -> None:
         address = ray.get_runtime_context().gcs_address
@@ -176,21 +198,24 @@ class Killed:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # What a shell starts in the background ignores Ctrl-C, and its children too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def kill_once(self, condition: Callable[[], bool]) -> None:
-        """Sends SIGKILL as soon as `condition` holds."""
+    def end_once(self, condition: Callable[[], bool], how: signal.Signals) -> str:
+        """Sends the signal as soon as `condition` holds; returns what the process said on stderr."""
         deadline = time.monotonic() + 240
         while not condition():
-            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()[-3000:]
+            assert self.process.poll() is None, self.process.communicate()[1][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(60)
+        os.kill(self.process.pid, how)
+        return self.process.communicate(timeout=120)[1]
 
 
-def test_a_killed_campaign_goes_on(write_campaign: Write, tmp_path: Path) -> None:
-    """Killed while trials learn: finished ones stay as they are, and running ones keep their forgotten models."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_campaign_goes_on(write_campaign: Write, tmp_path: Path, how: signal.Signals) -> None:
+    """Ended while trials learn: finished ones stay as they are, and running ones keep their forgotten models."""
     file = write_campaign(set={"learn.weight_decay": 2.0}, concurrent=2)
     campaign, store = load_campaign(file), tmp_path / "store"
 
@@ -200,7 +225,13 @@ def test_a_killed_campaign_goes_on(write_campaign: Write, tmp_path: Path) -> Non
     def in_the_middle() -> bool:
         return states()["finished"] >= 2 and states()["running"] == 2 and ran(store)["forget"] == 2
 
-    Killed(file).kill_once(in_the_middle)
+    driver = Driver(file)
+    said = driver.end_once(in_the_middle, how)
+    if how == signal.SIGINT:
+        assert "stopped; run the same command again to go on from here" in said.splitlines()
+        assert driver.process.returncode == 130
+        summary = json.loads((folder_of(campaign) / "summary.json").read_text())
+        assert summary["trials"]["finished"] >= 2, "what is known is written down"
     before = {record.number: record for record in Records(folder_of(campaign)) if record.state == "finished"}
     values = {record.number: record.values for record in Records(folder_of(campaign))}
     assert 2 <= len(before) < 6

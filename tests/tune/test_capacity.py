@@ -1,4 +1,4 @@
-"""How many trials fit a cluster, node by node."""
+"""How many stages and trials fit a cluster, node by node."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from allo_ray.capacity import needs, room
 from allo_ray.config.load import load
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
-from allo_ray.tune.capacity import concurrency, needs, room
+from allo_ray.tune.concurrency import TRIAL, concurrency
 
 GIB = float(1 << 30)
 
@@ -49,7 +50,7 @@ def node(cpus: float, gpus: float = 0, memory: float = 64 * GIB) -> dict[str, fl
 )
 def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: list, fit: int) -> None:
     """A worker each and a CPU that reads; nothing straddles two nodes."""
-    assert room(needs(run), nodes) == fit
+    assert room(needs(run, TRIAL), nodes) == fit
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_a_cluster_too_small_for_one_trial_is_told_with_both_numbers(
     run: RunConfig, nodes: list, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        room(needs(run), nodes)
+        room(needs(run, TRIAL), nodes)
 
 
 def test_concurrency_follows_the_cluster_and_the_users_bound() -> None:

@@ -1,27 +1,20 @@
-"""How many trials a cluster has room for. A trial runs one stage at a time, so what its largest stage takes is enough.
+"""How many stages a cluster has room for side by side: those of a run, or the trials of a campaign.
 
-Trials reserve nothing for their stages: each stage asks Ray for its own trainers, engines and Data tasks, and gives
-them back. Bounding the number of trials keeps that from coming to a stop: were all resources held by trainers that
-wait for rows, the Data tasks that read these could never run.
+A trial runs one stage at a time, so what its largest stage takes is enough. Nothing is reserved beforehand: each stage
+asks Ray for its own trainers, engines and Data tasks, and gives them back. Bounding their number keeps that from coming
+to a stop: were all resources held by trainers that wait for rows, the Data tasks that read these could never run.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
-from allo_ray import estimate
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
-from allo_ray.models import neurons_of
 
 Bundle = Mapping[str, float]
 
-#: Set aside for the process of a trial itself: interpreter, torch, Ray. A generous guess.
-TRIAL: Bundle = {"memory": float(1 << 30)}
 #: The task that reads rows for a stage.
 READER: Bundle = {"CPU": 1.0}
 
@@ -39,20 +32,20 @@ class Need:
         return _words({name: sum(one.get(name, 0) for one in self.bundles) for name in ("CPU", "GPU")})
 
 
-def needs(config: RunConfig) -> list[Need]:
-    """What training takes, and what sampling and evaluation take."""
+def needs(config: RunConfig, *own: Bundle) -> list[Need]:
+    """What training takes, and what sampling and evaluation take; and what the process takes that runs the stage."""
     trainer, pool = config.trainer, config.engine.pool
     workers, actors = (_fewest(trainer.workers), _fewest(pool.actors))
     worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)}
     actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)}
     return [
-        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, TRIAL)),
-        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, TRIAL)),
+        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own)),
+        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own)),
     ]
 
 
-def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
-    """How many trials fit side by side on nodes with these resources, whatever stage each of them is at.
+def room(needed: Sequence[Need], nodes: Sequence[Bundle], what: str = "one stage") -> int:
+    """How often `what` fits side by side on nodes with these resources, whichever of `needed` each of them takes.
 
     Raises:
         UserError: not even one does; says what it needs and what there is.
@@ -63,7 +56,7 @@ def room(needed: Sequence[Need], nodes: Sequence[Bundle]) -> int:
             there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
             largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
             raise UserError(
-                f"one trial needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
+                f"{what} needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
                 f"{_words(there)} on {len(nodes)} node(s), the largest with {_words(largest)}. Lower "
                 f"{need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
                 "cluster.num_cpus)."
@@ -80,28 +73,6 @@ def cluster_nodes() -> list[Bundle]:
     if most:
         return [{name: float(amount) for name, amount in most.items()}]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def concurrency(config: RunConfig, asked: int | None, nodes: Sequence[Bundle], local: bool) -> int:
-    """Trials at a time: as many as there is room for, and at most `asked`.
-
-    On one machine of the user's own, where logical CPUs are more than real ones, the default is one trial for each
-    real CPU that a stage takes, and as many as fit the memory.
-
-    Raises:
-        UserError: the cluster is too small for one.
-    """
-    needed = needs(config)
-    most = room(needed, nodes)
-    if asked is not None:
-        return min(asked, most)
-    if local:
-        busy = max(sum(bundle.get("CPU", 0) for bundle in need.bundles) - READER["CPU"] for need in needed)
-        most = min(most, int((os.cpu_count() or 1) / busy))
-        told = estimate.estimate(config, neurons_of(config.model))
-        largest = max(*told.training.values(), told.engine) + int(TRIAL["memory"])
-        most = min(most, psutil.virtual_memory().available // largest)
-    return max(1, most)
 
 
 def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
