@@ -46,14 +46,13 @@ def align(config: RunConfig) -> Run:
         track.opened(config, log.parent, terminal.print) as trackers,
         cluster(config.cluster, gpus),
     ):
-        connected = time.perf_counter() - started
         parallel = min(config.cluster.parallel_stages, room(needs(config), cluster_nodes()))
         check_store(store)
         with Progress(terminal) as lines:
             done = pipeline.run(config, nodes, store, lines, parallel, trackers.steps)
         for stage, table in results.curves(done).items():  # of stages that were in the store, too
             trackers.steps(stage, table.to_pylist())
-        run = results.write(config, done, store, time.perf_counter() - started, connected)
+        run = results.write(config, done, store, time.perf_counter() - started)
         trackers.results(run.summary)
     show(run, console)
     return run

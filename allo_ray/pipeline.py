@@ -39,10 +39,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Done:
-    """A node's artifact, and whether this run made it."""
+    """A node's artifact, and whether this run made it.
+
+    at_work: if so, from when to when it worked, after its start-up; seconds of `time.perf_counter`.
+    """
 
     artifact: Artifact
     cached: bool
+    at_work: tuple[float, float] | None = None
 
 
 class Record(Protocol):
@@ -138,7 +142,7 @@ def _execute(
             recorded = partial(record, node.name)
             context = Context(config, node.settings, inputs, folder, key, store, progress, recorded)
             node.stage.run(context)
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         artifact = store.publish(
             node.stage.name,
             key,
@@ -148,9 +152,9 @@ def _execute(
                 "settings": dict(node.settings),
                 "inputs": {role: f"{artifact.stage}/{artifact.key}" for role, artifact in inputs.items()},
                 "facts": context.facts,
-                "seconds": round(seconds, 3),
+                "seconds": round(end - start, 3),
                 "startup_seconds": round(context.startup_seconds, 3),
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
-    return Done(artifact, cached=False)
+    return Done(artifact, cached=False, at_work=(min(start + context.startup_seconds, end), end))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -83,10 +84,12 @@ def finished(config: RunConfig, keys: Mapping[str, str]) -> Run | None:
     return Run(summary.parent, told) if told["artifacts"] == dict(keys) else None
 
 
-def write(
-    config: RunConfig, done: Mapping[str, Done], store: Store, wall_seconds: float, connect_seconds: float
-) -> Run:
-    """Writes everything into the run's folder; summary.json comes last, so that its presence means all is there."""
+def write(config: RunConfig, done: Mapping[str, Done], store: Store, wall_seconds: float) -> Run:
+    """Writes everything into the run's folder; summary.json comes last, so that its presence means all is there.
+
+    `startup_seconds` of the whole run are those in which no stage was at work, whatever was going on instead: the
+    cluster's start, start-up of stages, orchestration. Those of a stage count though others worked beside it.
+    """
     folder = folder_of(config)
     artifacts = {name: item.artifact for name, item in done.items()}
     data = report_data(config, done, store)
@@ -94,7 +97,7 @@ def write(
     aligned = artifact_model(artifacts["learn" if "learn" in artifacts else "forget"], store)
     fingerprint = _export(aligned, folder)
     stages = [asdict(stage) for stage in data.stages]
-    fresh = [stage for stage in stages if not stage["cached"]]
+    worked = [item.at_work for item in done.values() if item.at_work is not None]
     summary = {
         "name": config.name,
         "created": data.created.isoformat(timespec="seconds"),
@@ -102,7 +105,7 @@ def write(
         "comparisons": [asdict(comparison) for comparison in data.comparisons],
         "stages": stages,
         "wall_seconds": round(wall_seconds, 1),
-        "startup_seconds": round(connect_seconds + sum(stage["startup_seconds"] for stage in fresh), 1),
+        "startup_seconds": round(wall_seconds - covered(worked), 1),
         "counts": dict(data.counts),
         "drops": dict(data.drops),
         "neurons": {
@@ -123,6 +126,15 @@ def write(
     part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     part.replace(folder / "summary.json")
     return Run(folder, summary)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that lie in one span (begin, end) at least."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def report_data(config: RunConfig, done: Mapping[str, Done], store: Store) -> ReportData:

@@ -74,6 +74,7 @@ def main() -> None:
         "config": told.config,
         "seeds": told.seeds,
         "wall_seconds": [one["wall_seconds"] for one in summaries],
+        "startup_seconds": [one["startup_seconds"] for one in summaries],
         "suites": {suite: table(summaries, suite) for suite in suites},
     }
     told.json.write_text(json.dumps(out, indent=1))

@@ -70,3 +70,9 @@ def test_runs_of_one_name_and_other_configs_get_folders_of_their_own(tmp_path: P
     assert results.claim(first) == tmp_path / "smoke"
     assert results.claim(second) == tmp_path / "smoke-2"
     assert results.claim(first) == tmp_path / "smoke"
+
+
+def test_time_is_covered_once_however_many_stages_work() -> None:
+    """[0, 4] and [2, 5] cover 5 s, [3, 4] adds nothing, [7, 9] adds 2."""
+    assert results.covered([(7, 9), (2, 5), (0, 4), (3, 4)]) == 7
+    assert results.covered([]) == 0
