@@ -88,7 +88,8 @@ def run(
     done: dict[str, Done] = {}
     running: dict[Future[Done], str] = {}
     failure: BaseException | None = None
-    with ThreadPoolExecutor(parallel, thread_name_prefix="stage") as pool:
+    pool = ThreadPoolExecutor(parallel, thread_name_prefix="stage")
+    try:
         while waiting or running:
             for item in list(_ready(waiting, done)) if failure is None else []:
                 if item.artifact is None and len(running) == parallel:
@@ -113,6 +114,11 @@ def run(
                     done[name] = future.result()
                 else:
                     failure = failure or error
+    except KeyboardInterrupt:
+        # Nobody waits minutes for a stage: it ends with the cluster, and goes on from its work folder next time.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
     if failure is not None:
         raise failure
     return done

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -102,3 +104,25 @@ def test_a_failure_stops_the_run_but_not_what_runs_beside_it(config: RunConfig, 
         run(config, nodes, store, Lines())
     found = {item.node.name: item.artifact is not None for item in plan(nodes, store)}
     assert found == {"bad": False, "slow": True, "after": False}
+
+
+def test_ctrl_c_does_not_wait_for_a_running_stage(config: RunConfig, tmp_path: Path) -> None:
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
+    begun, over = threading.Event(), threading.Event()
+
+    def long(ctx: Context) -> None:
+        begun.set()
+        over.wait(60)
+
+    def interrupt() -> None:
+        begun.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, [Node("long", Stage("long", 1, long), {}, {})], Store(str(tmp_path)), Lines())
+    assert time.monotonic() - started < 30
+    over.set()
