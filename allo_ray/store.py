@@ -185,7 +185,7 @@ class Store:
 
     def _holder(self, path: str) -> str | None:
         told = self._read_lease(path)
-        return told and told["owner"]
+        return None if told is None else str(told["owner"])
 
     def _read_lease(self, path: str) -> dict[str, Any] | None:
         try:
