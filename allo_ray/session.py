@@ -110,6 +110,8 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
             ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
+            # Nobody takes this machine away: one process less for each stage that trains.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             start_local(num_cpus=cpus, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
