@@ -79,6 +79,8 @@ def start_local(**options: Any) -> None:
     """Starts a Ray cluster on this machine. Ray gives up after 30 s, which a busy machine may need: so three times."""
     import ray
 
+    # Nobody takes this machine away: one process less for each stage that trains.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for attempt in range(3):
         try:
             ray.init(include_dashboard=False, log_to_driver=False, **options)
@@ -110,8 +112,6 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
             ray.init(address=address, runtime_env=variables, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
-            # Nobody takes this machine away: one process less for each stage that trains.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             start_local(num_cpus=cpus, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from allo_ray.session import quiet
+
+quiet()  # before anything imports what reads these variables
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
