@@ -10,6 +10,9 @@ from ray.exceptions import RayTaskError
 
 from allo_ray.errors import UserError
 
+#: Begins what Ray Data adds to the error's own text.
+_RETRIES = "\nFailed to apply UDF transform"
+
 
 @contextmanager
 def users_error(rows: ray.data.Dataset | None = None) -> Iterator[None]:
@@ -23,5 +26,5 @@ def users_error(rows: ray.data.Dataset | None = None) -> Iterator[None]:
         yield
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
+            raise UserError(str(error.cause).partition(_RETRIES)[0]) from None
         raise
