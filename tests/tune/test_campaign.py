@@ -213,7 +213,7 @@ class Driver:
         return self.process.communicate(timeout=120)[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_ended_campaign_goes_on(write_campaign: Write, tmp_path: Path, how: signal.Signals) -> None:
     """Ended while trials learn: finished ones stay as they are, and running ones keep their forgotten models."""
     file = write_campaign(set={"learn.weight_decay": 2.0}, concurrent=2)
