@@ -67,7 +67,9 @@ def local_path(path: str) -> Path:
     """A path on this machine for a path or URL: a URL is fetched once a machine and then found in the cache."""
     if "://" not in path:
         return Path(path)
-    target = cache_folder() / "fetched" / hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
+    # Its own name stays: readers go by endings.
+    place = hashlib.blake2b(path.encode(), digest_size=12).hexdigest()
+    target = cache_folder() / "fetched" / place / path.rstrip("/").rpartition("/")[-1]
     if not target.exists():
         files, root = fsspec.core.url_to_fs(path)
         part = target.with_name(f"{target.name}.{uuid.uuid4().hex}")

@@ -159,6 +159,7 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
         finally:
             for index in indexes:
                 index.write()
+        assert finished >= total, f"{total - finished} of {total} rows were never read"
     out = []
     for job, count, tally in zip(jobs, counts, tallies, strict=True):
         facts = {"table": str(job.out), **count, **tally.summary(started)}
