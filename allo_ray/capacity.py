@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from allo_ray.config.base import bounds
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
 
@@ -35,7 +36,7 @@ class Need:
 def needs(config: RunConfig, *own: Bundle) -> list[Need]:
     """What training takes, and what sampling and evaluation take; and what the process takes that runs the stage."""
     trainer, pool = config.trainer, config.engine.pool
-    workers, actors = (_fewest(trainer.workers), _fewest(pool.actors))
+    workers, actors = (bounds(trainer.workers)[0], bounds(pool.actors)[0])
     worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)}
     actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)}
     return [
@@ -92,10 +93,6 @@ def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
             for name, amount in wanted.items():
                 node[name] -= amount
         copies += 1
-
-
-def _fewest(count: int | tuple[int, int]) -> int:
-    return count if isinstance(count, int) else count[0]
 
 
 def _words(amounts: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from allo_ray.config.base import bounds
 from allo_ray.config.engine import EngineConfig
 from allo_ray.config.model import ModelConfig
 from allo_ray.config.run import RunConfig
@@ -49,12 +50,7 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
             weight = 0  # a dense float32 weight shares its storage with the value
         states = k * (16 + (4 if k < 1 else 0))
         if config.trainer.zero_stage >= 1:
-            workers = (
-                config.trainer.workers
-                if isinstance(config.trainer.workers, int)
-                else config.trainer.workers[0]
-            )
-            states = k * (8 + (4 if k < 1 else 0) + 8 / workers)
+            states = k * (8 + (4 if k < 1 else 0) + 8 / bounds(config.trainer.workers)[0])
         scale = (neurons / MEASURED_NEURONS) ** 0.5
         activations = config.trainer.micro_batch_tokens * ACTIVATION_BYTES * scale
         if config.trainer.gradient_checkpointing:
@@ -130,7 +126,7 @@ def check_engine(engine: EngineConfig, neurons: int, key: str, address: str | No
                 f"{pool.tensor_parallel}), take a smaller model, or join a cluster with larger GPUs (cluster.address)."
             )
         return
-    actors = pool.actors if isinstance(pool.actors, int) else pool.actors[0]
+    actors = bounds(pool.actors)[0]
     each = engine_bytes(engine, neurons)
     available = memory()[1]
     if actors * each > available:
@@ -156,7 +152,7 @@ def check(config: RunConfig, needed: Estimate, store: Store) -> None:
         )
     if config.cluster.address is not None or config.trainer.num_gpus or config.engine.pool.num_gpus:
         return
-    workers = config.trainer.workers if isinstance(config.trainer.workers, int) else config.trainer.workers[0]
+    workers = bounds(config.trainer.workers)[0]
     largest = sorted(needed.training, key=lambda stage: needed.training[stage])[
         -config.cluster.parallel_stages :
     ]

@@ -11,6 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["bfloat16", "float32"]
+#: A number of processes, or (fewest, most) where it follows the cluster.
+Count = int | tuple[int, int]
+
+
+def bounds(count: Count) -> tuple[int, int]:
+    """(fewest, most); the same number twice where it is fixed."""
+    return (count, count) if isinstance(count, int) else count
 
 
 @cache

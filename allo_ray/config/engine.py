@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Dtype, PositiveFraction, Section, cpu_dtype
+from allo_ray.config.base import Count, Dtype, PositiveFraction, Section, cpu_dtype
 
 
 class EngineResources(Section):
@@ -15,7 +15,7 @@ class EngineResources(Section):
     resources = True
 
     #: Actors, or (fewest, most) for a pool that follows the cluster.
-    actors: int | tuple[int, int] = 1
+    actors: Count = 1
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
     #: Threads of one actor on the CPU; by default what num_cpus says.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Dtype, Fraction, PositiveFraction, Section, cpu_dtype
+from allo_ray.config.base import Count, Dtype, Fraction, PositiveFraction, Section, cpu_dtype
 from allo_ray.config.data import DataConfig
 
 
@@ -17,7 +17,7 @@ class TrainerConfig(Section):
     resources = True
 
     #: Workers, or (fewest, most) for training that follows the cluster.
-    workers: int | tuple[int, int] = 1
+    workers: Count = 1
     #: Seconds between two looks whether there is room for more workers; they then start from the last checkpoint.
     resize_seconds: float = Field(default=60, gt=0)
     num_cpus: float = Field(default=1, gt=0)

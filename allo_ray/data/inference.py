@@ -25,6 +25,7 @@ import pyarrow.dataset as pads
 import ray
 from ray.exceptions import RayActorError
 
+from allo_ray.config.base import bounds
 from allo_ray.config.data import VerifyConfig
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference_actor import ANSWERED, JOB, Assignment, InferenceActor
@@ -191,7 +192,7 @@ def _stream(
     rows: ray.data.Dataset, engine: EngineConfig, assignments: Sequence[Assignment]
 ) -> Iterator[dict[str, Any]]:
     pool = engine.pool
-    fewest, most = pool.actors if isinstance(pool.actors, tuple) else (pool.actors, pool.actors)
+    fewest, most = bounds(pool.actors)
     batch = max(1, pool.batch_size // max(assignment.work.requests for assignment in assignments))
     done = rows.repartition(target_num_rows_per_block=batch, strict=True).map_batches(
         InferenceActor,

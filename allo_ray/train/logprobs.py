@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from allo_ray import tables
+from allo_ray.config.base import bounds
 from allo_ray.config.train import TrainerConfig
 from allo_ray.errors import UserError
 from allo_ray.train.batching import Packed, pack
@@ -67,7 +68,7 @@ def compute_logprobs(
     if not files:
         raise UserError(f"{pairs}: no pairs there.")
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    workers = trainer.workers if isinstance(trainer.workers, int) else trainer.workers[1]
+    workers = bounds(trainer.workers)[1]
     shards = ray.data.read_parquet(str(pairs), columns=list(COLUMNS)).map_batches(
         LogprobActor,
         fn_constructor_kwargs={
