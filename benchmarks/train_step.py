@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from allo_ray.config.base import Dtype, cpu_dtype
+from allo_ray.session import quiet
 
 BATCH, BETA, SHARE = 8, 0.1, 0.1
 CONTENDERS = ("trl", "trl_precompute", "ours")
@@ -201,8 +202,10 @@ def random_selection(dense: Any, share: float = SHARE) -> Any:
     generator = torch.Generator().manual_seed(0)
     indices = {}
     for name in dense.names:
-        drawn = torch.rand(dense.size_of(name), generator=generator) < share
-        indices[name] = drawn.nonzero()[:, 0].int()
+        drawn = torch.randint(
+            round(1 / share), (dense.size_of(name),), dtype=torch.uint8, generator=generator
+        )
+        indices[name] = (drawn == 0).nonzero()[:, 0].int()
     return replace(dense, indices=indices, dense=False, k=share, order="random")
 
 
@@ -324,6 +327,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=cpu_dtype())
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         model = asked.model
         if model is None:
