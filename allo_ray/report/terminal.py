@@ -1,6 +1,7 @@
 """What the terminal shows: one live line a running stage, and the table at the end.
 
-Where nobody watches (a file, a job's log) the live lines become plain ones, at most one a stage every few seconds.
+Where nobody watches (a file, a job's log) the live lines become plain ones, at most one a stage every few seconds, and
+none while nothing is new.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class StageLine:
         self._owner = owner
         self._started = self._shown = owner.clock()
         self._facts = "starting"
+        self._said: object = None
         self._unit: str | None = None
         self._done, self._total = 0, None
         self._anchor = 0, self._started
@@ -39,7 +41,7 @@ class StageLine:
         """Tells that `done` of `total` units (rows, steps ...) are finished; facts are shown behind, such as loss=0.61.
 
         The rate is counted from the first update of a unit on, so that neither start-up nor what an earlier run had
-        already finished spoils it.
+        already finished spoils it. Stages have none: one may take a hundred times as long as the next.
         """
         with self._owner.lock:
             now = self._owner.clock()
@@ -47,10 +49,11 @@ class StageLine:
                 self._anchor = done, now
             self._done, self._total, self._unit = done, total, unit
             self._facts = self._words(now, facts)
+            news = done, total, unit, facts
             if self._task is not None and self._owner.live:
                 self._owner.live.update(self._task, completed=done, total=total, text=self._facts)
-            elif now - self._shown >= self._owner.interval:
-                self._shown = now
+            elif now - self._shown >= self._owner.interval and news != self._said:
+                self._shown, self._said = now, news
                 self._owner.say(f"{self.name}: {self._facts}")
 
     def close(self, note: str = "") -> None:
@@ -76,7 +79,7 @@ class StageLine:
     def _words(self, now: float, facts: Mapping[str, object]) -> str:
         parts = [f"{count(self._done)}{'' if self._total is None else f'/{count(self._total)}'} {self._unit}"]
         done, since = self._anchor
-        if self._done > done and now > since:
+        if self._unit != "stages" and self._done > done and now > since:
             rate = (self._done - done) / (now - since)
             parts.append(f"{rate:.3g} {self._unit}/s")
             if self._total is not None and self._total > self._done:

@@ -50,6 +50,20 @@ def test_plain_lines_come_at_most_every_interval() -> None:
     ]
 
 
+def test_plain_lines_are_not_repeated_and_stages_have_no_rate() -> None:
+    """Four updates of a trial, two of them news."""
+    console, clock = plain(), Clock()
+    with Progress(console, interval=10, clock=clock) as progress, progress.stage("trial 0") as stage:
+        for done, now in ((1, "forget"), (1, "forget"), (2, "learn"), (2, "learn")):
+            clock.now += 10
+            stage.update(done, 4, "stages", now=now)
+    assert shown(console)[1:] == [
+        "trial 0: 1/4 stages  now forget",
+        "trial 0: 2/4 stages  now learn",
+        "trial 0: done 2 stages, 40 s",
+    ]
+
+
 def test_what_an_earlier_run_finished_does_not_count_into_the_rate() -> None:
     """Resumed at 900 of 1,000 rows after 50 s of start-up: 10 rows in 5 s are 2 rows a second, 45 s left."""
     console, clock = plain(), Clock()
