@@ -3,7 +3,7 @@
 α is one number for all neurons, so it does not matter for a ranking. The bits of a non-negative float32, read as an
 integer (the neuron's key), are in the order of the floats: exact selection can count bits instead of sorting floats.
 
-A tensor's importances are kept in blocks of 2^20 neurons. Each block lies in falling order of the keys' high 16 bits
+A tensor's importances are kept in blocks of 2^19 neurons. Each block lies in falling order of the keys' high 16 bits
 (its bins), and by flat index within a bin, beside the neurons' places in the block. So the top k % of a block is a
 prefix of it, and only one bin has to be looked at more closely.
 
@@ -28,10 +28,10 @@ KEY_BITS = 31
 LOW_BITS = 15
 BINS, LOWS = 1 << (KEY_BITS - LOW_BITS), 1 << LOW_BITS
 LARGEST = (1 << KEY_BITS) - 1
-#: Neurons of a block: what sorting it takes beside the tensor is 16 MB.
-BLOCK = 1 << 20
+#: Neurons of a block; sorting it takes about 20 MB beside the tensor.
+BLOCK = 1 << 19
 #: Every so many importances of a block one is kept apart, to find a bin without reading the block.
-STEP = 1 << 12
+STEP = 1 << 11
 _INFINITY = 0x7F800000
 
 

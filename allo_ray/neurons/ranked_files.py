@@ -1,7 +1,7 @@
 """Ranked importances of a whole model in safetensors files, made and read a tensor at a time.
 
 A shard holds of each of its tensors `<tensor>.importance` float32 [N_t], `<tensor>.order` int32 [N_t] and
-`<tensor>.samples` float32 [N_t / 4096, rounded up]; see `importance.Ranked`. The index holds `<tensor>.bins` int32 and
+`<tensor>.samples` float32 [N_t / 2048, rounded up]; see `importance.Ranked`. The index holds `<tensor>.bins` int32 and
 `<tensor>.counts` int64, see `importance.Counted`, and in its header: base (fingerprint of the base folder) and tensors
 (name, shape and shard of each, in the model's order).
 

@@ -84,9 +84,9 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 def test_locating_takes_two_tensors(peaks: dict[str, int]) -> None:
-    """Measuring holds θ0 and θ' of one tensor (32 MiB each) and sorts a block of 2^20 neurons: 8 + 8 MiB of places
-    and as much again for lesser arrays. Selecting 5 % of 29 million neurons holds 4 bytes for each: 6 MB, and twice
-    that while they are put together.
+    """Measuring holds θ0 and θ' of one tensor (32 MiB each) and sorts a block of 2^19 neurons: 4 + 4 MiB of places and
+    twice as much for other arrays and what the allocator keeps. Selecting 5 % of 29 million neurons holds 4 bytes for
+    each: 6 MB, and twice that while they are put together.
     """
     assert peaks["exact"]
     assert 2 * peaks["tensor"] <= peaks["measure"] <= 2 * peaks["tensor"] + 32 * MIB
