@@ -58,7 +58,7 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
         return int(neurons * (weight + states) + activations) + PROCESS_BYTES
 
     training = {"warmup": worker(config.warmup, 1.0)}
-    disk = 2 * neurons + 4 * neurons  # aligned model, warm-up masters
+    disk = 2 * neurons + 4 * neurons + 8 * neurons  # aligned model, warm-up masters, ranked importances
     if config.sft is not None:
         training["sft"] = worker(config.sft, 1.0)
         disk += 6 * neurons

@@ -1,6 +1,6 @@
 """The method as a graph: which stages a config has, what each reads, and which settings decide its result.
 
-model - prompts - sft - sample - pairs - reference - warmup - locate (k1, k2)
+model - prompts - sft - sample - pairs - reference - warmup - importance - locate (k1, k2)
                                    pairs - rewrite - reward - token scores (P_re)
 forget (k1, u) - reference of the forgotten model - learn (k2, v) - evaluate
 """
@@ -16,6 +16,7 @@ from allo_ray.data.sources import fingerprint as data_fingerprint
 from allo_ray.models import source_fingerprint
 from allo_ray.pipeline import Node
 from allo_ray.stages.evaluate import EVALUATE, MODEL_ROLE
+from allo_ray.stages.importance import IMPORTANCE
 from allo_ray.stages.locate import LOCATE, located
 from allo_ray.stages.model import MODEL
 from allo_ray.stages.pairs import PAIRS, READ_PAIRS
@@ -92,8 +93,9 @@ def graph(config: RunConfig) -> list[Node]:
     trained("warmup", WARMUP, config.warmup, backbone, base)
 
     def locate(k: float) -> str:
+        add("importance", IMPORTANCE, {}, start=backbone, tuned="warmup")
         settings = {"k": k, "locate": part(config.locate), "seed": seed}
-        return add(located(k), LOCATE, settings, start=backbone, tuned="warmup")
+        return add(located(k), LOCATE, settings, importance="importance")
 
     tail = backbone
     if config.forget is not None:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.campaign_estimate [--trials 512] [--neurons 7e9] [--gpus 64] [--flops 3.5e14] ...
 
-Counted as the program works: sampling, warm-up, reward model and token scores once; of each trial two selections, two
-trained stages, the reference of the forgotten model, and an evaluation of two models. A trial has one GPU. The bytes a
-neuron are those of `python -m benchmarks.memory`, the rate of ranking that of a quickstart run. The other rates are
-arguments whose defaults are assumptions: nothing of this was measured on a GPU.
+Counted as the program works: sampling, warm-up, importances, reward model and token scores once; of each trial two
+selections cut from the importances, two trained stages, the reference of the forgotten model, and an evaluation of two
+models. A trial has one GPU. The bytes a neuron are those of `python -m benchmarks.memory`, the rate of ranking that of
+a quickstart run. The other rates are arguments whose defaults are assumptions: nothing of this was measured on a GPU.
 
 FLOPs a token: 2 N forward, 6 N forward and backward, 8 N with gradient checkpointing (N neurons; attention left out).
 """
@@ -44,7 +44,8 @@ class Setup:
     generate: float = 2500.0
     #: Seconds until the first row or batch of a stage that starts workers (assumed).
     startup: float = 90.0
-    #: Neurons/s that one process ranks; `locate` of the quickstart: 134.5 million in 9 s, two cores of an EPYC 7001.
+    #: Neurons/s that one process ranks, or sorts of a selection; 134.5 million of the quickstart in 9 s, two cores of
+    #: an EPYC 7001, measured on two passes over both models.
     locate: float = 15e6
     #: Bytes/s that one node reads from and writes to the store (assumed), and GPUs a node.
     storage: float = 1e9
@@ -73,17 +74,21 @@ def estimate(setup: Setup) -> dict[str, dict[str, float]]:
     masters, delta, selection = 4 * n, 8 * setup.k * n, 4 * setup.k * n
     # Reading both models' masters tensor by tensor; one trial's share of its node's way to the store.
     share = setup.storage / setup.gpus_per_node
+    # Measured importances have 4 bytes a neuron for themselves and 4 for their places; a k reads the places of its
+    # own share, and about 10,000 importances of a million around its end.
+    ranked, read = 8 * n, 4 * setup.k * n + 0.04 * n
     shared = {
         "samples": setup.prompts * setup.samples * setup.response_tokens / setup.generate,
         "reference": forward(both),
         "warm-up": trained(both),
+        "importances": (2 * masters + ranked) / share + n / setup.locate,
         "reward model": trained(one),
         "token scores": forward(one),
         "evaluation of SFT and warm-up": 2 * answers,
     }
     trial = {
-        "two selections: storage": 2 * (2 * masters + selection) / share,
-        "two selections: ranking": 2 * n / setup.locate,
+        "two selections: storage": 2 * (read + selection) / share,
+        "two selections: sorting": 2 * setup.k * n / setup.locate,
         "forgetting": trained(one) + setup.startup + delta / share,
         "reference of the forgotten model": forward(both),
         "learning": trained(both) + setup.startup + delta / share,
@@ -104,6 +109,7 @@ def estimate(setup: Setup) -> dict[str, dict[str, float]]:
         },
         "store_terabytes": {
             "shared models": (2 * masters + 3 * 2 * n + masters) / 1e12,  # SFT, warm-up, reward
+            "importances": ranked / 1e12,
             "selections": 2 * setup.trials * selection / 1e12,
             "deltas": 2 * setup.trials * delta / 1e12,
             "deltas as full bf16 models": 2 * setup.trials * 2 * n / 1e12,

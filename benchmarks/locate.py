@@ -2,9 +2,12 @@
 
     python -m benchmarks.locate --gigabytes 1 4 16 --json locate.json
 
-Each size is one process of its own: θ0 and θ' as float32 safetensors shards of equal size on disk, selected for
-k = 5, 10 and 20 % from one set of passes. Gigabytes (10^9) are those of both models together, read once a pass.
-Memory is the peak of the process's anonymous memory, without the mapped files that the page cache holds.
+Each size and way is one process of its own: θ0 and θ' as float32 safetensors shards of equal size on disk, measured
+and ranked once, then selected for k = 5, 10 and 20 % in one pass. Gigabytes (10^9) are those of both models together;
+the ranked importances take as much again on disk. The ways are those of the stages: in one process, and by Ray tasks
+on `--cpus` CPUs. `seconds_per_gigabyte` of the sizes side by side says whether the cost is linear. Memory is the peak
+of a process's anonymous memory, without the mapped files that the page cache holds: for one process over what it held
+before, for tasks that of the largest of them with its imports.
 """
 
 from __future__ import annotations
@@ -12,19 +15,30 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+import ray
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from allo_ray.data.ordered_tasks import in_order
+from allo_ray.models import ModelRef
+from allo_ray.neurons.importance import Counted
+from allo_ray.neurons.ranked_files import RankedFiles
 from allo_ray.neurons.select import select
+from allo_ray.session import quiet, start_local
+from allo_ray.stages import locate
+from allo_ray.stages.importance import Pair
 
 KS = [0.05, 0.1, 0.2]
 #: Neurons of one tensor: an MLP weight of a 7B model is 45 million.
@@ -35,58 +49,96 @@ def write_shards(folder: Path, gigabytes: float) -> int:
     """Random models, one tensor a shard; returns the number of tensors."""
     random = torch.Generator().manual_seed(0)
     count = max(1, round(gigabytes * 1e9 / (8 * TENSOR)))
+    for name in ("before", "after"):
+        (folder / name).mkdir()
     for number in range(count):
         before = torch.empty(TENSOR).normal_(std=0.02, generator=random)
         update = torch.empty(TENSOR).normal_(std=1e-5, generator=random)
-        save_file({"w": before}, folder / f"before-{number:05}.safetensors")
-        save_file({"w": before + update}, folder / f"after-{number:05}.safetensors")
+        name = f"w{number:05}"
+        save_file({name: before}, folder / "before" / f"{name}.safetensors")
+        save_file({name: before + update}, folder / "after" / f"{name}.safetensors")
     return count
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    for path in sorted(folder.glob("before-*.safetensors")):
-        other = path.with_name(path.name.replace("before", "after"))
+def tensors(folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for path in sorted((folder / "before").iterdir()):
+        other = folder / "after" / path.name
         with safe_open(str(path), framework="pt") as before, safe_open(str(other), framework="pt") as after:
-            yield path.stem, before.get_tensor("w"), after.get_tensor("w")
+            yield before.get_tensor(path.stem), after.get_tensor(path.stem)
 
 
-def anonymous() -> int:
-    """Bytes of this process's memory that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
+def anonymous(process: int | str = "self") -> int:
+    """Bytes of a process's memory that no file backs; 0 where it is gone."""
+    try:
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     return 0
 
 
-def measure(folder: Path, count: int, results: Any) -> None:
-    """Runs in a process of its own and puts the figures into `results`."""
+def watched(by_tasks: bool) -> int:
+    """Anonymous memory of this process, or of its largest Ray task."""
+    if not by_tasks:
+        return anonymous()
+    found = 0
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.name().startswith("ray::"):
+                found = max(found, anonymous(child.pid))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def measure(folder: Path, count: int, cpus: int, results: Any) -> None:
+    """Runs in a process of its own and puts the figures into `results`; cpus: 0 for this process alone."""
     torch.set_num_threads(1)
-    start, peak, done = anonymous(), [0], threading.Event()
+    here = cpus == 0
+    if not here:
+        quiet()
+        start_local(num_cpus=cpus)
+        list(in_order(abs, range(2 * cpus)))  # processes start once for a whole run, too
+    parameters = {f"w{number:05}": [(f"w{number:05}", (TENSOR,))] for number in range(count)}
+    pair = Pair(ModelRef(str(folder / "before")), ModelRef(str(folder / "after")), parameters)
+    shards = {f"{name}.safetensors": [name] for name in parameters}
+    out = folder / "out"
+    out.mkdir()
+    locate.HERE = 1 << 62 if here else 0
+    start, peak, done = anonymous() if here else 0, [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous())
+        while not done.wait(0.01 if here else 0.1):
+            peak[0] = max(peak[0], watched(not here))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    wall, cpu = time.perf_counter(), time.process_time()
-    selections = select(lambda: tensors(folder), KS)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    began = time.perf_counter()
+    counted: list[Counted] = []
+    for found in in_order(partial(pair.write, out), shards.items(), here):
+        counted += found
+    measured, peak_measured, peak[0] = time.perf_counter(), peak[0], 0
+    files = RankedFiles(counted, {name: shard for shard, [name] in shards.items()}, "")
+    selections = select(counted, partial(locate.mapped, str(out), files), KS)
+    ended = time.perf_counter()
     done.set()
     watcher.join()
+    ray.shutdown()
     assert [found.count for found in selections] == [round(k * count * TENSOR) for k in KS]
-    size = count * TENSOR * 8
-    held = sum(found.count for found in selections) * 4
+    size = count * TENSOR * 8 / 1e9
     results.put(
         {
-            "gigabytes": size / 1e9,
+            "gigabytes": size,
             "neurons": count * TENSOR,
-            "wall_seconds": wall,
-            "cpu_seconds": cpu,
-            "gigabytes_per_second": size / 1e9 / wall,
-            "gigabytes_per_cpu_second": size / 1e9 / cpu,
-            "peak_bytes": peak[0] - start,
-            "peak_bytes_besides_the_selections": peak[0] - start - held,
+            "cpus": cpus or 1,
+            "measure_seconds": measured - began,
+            "select_seconds": ended - measured,
+            "seconds_per_gigabyte": (ended - began) / size,
+            "gigabytes_per_second": size / (ended - began),
+            "measure_peak_bytes": peak_measured - start,
+            "select_peak_bytes": peak[0] - start,
+            "selections_bytes": 4 * sum(found.count for found in selections),
             "two_tensors_bytes": 2 * TENSOR * 4,
         }
     )
@@ -96,7 +148,7 @@ def measure_topk(folder: Path, results: Any) -> None:
     """torch.topk over the concatenation, for k = 10 %; needs all differences in memory at once."""
     torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
-    differences = torch.cat([(after - before).abs() for _, before, after in tensors(folder)])
+    differences = torch.cat([(after - before).abs() for before, after in tensors(folder)])
     torch.topk(differences, round(0.1 * len(differences)))
     results.put({"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu})
 
@@ -116,7 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4])
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="of the Ray tasks")
     parser.add_argument(
         "--topk-up-to", type=float, default=2, help="largest size that torch.topk is tried on"
     )
@@ -127,13 +180,23 @@ def main() -> None:
     for gigabytes in told.gigabytes:
         folder = Path(tempfile.mkdtemp(prefix="locate-", dir=told.folder))
         try:
-            found = alone(measure, folder, write_shards(folder, gigabytes))
+            count = write_shards(folder, gigabytes)
+            found: dict[str, Any] = {}
+            for way, cpus in (("one_process", 0), ("tasks", told.cpus)):
+                found[way] = alone(measure, folder, count, cpus)
+                shutil.rmtree(folder / "out")
             if gigabytes <= told.topk_up_to:
                 found["topk"] = alone(measure_topk, folder)
         finally:
             shutil.rmtree(folder)
         print(json.dumps(found), flush=True)
         figures.append(found)
+    for way in ("one_process", "tasks"):
+        told_each = ", ".join(
+            f"{found[way]['seconds_per_gigabyte']:.2f} at {found[way]['gigabytes']:.1f} GB"
+            for found in figures
+        )
+        print(f"{way.replace('_', ' ')}, seconds a gigabyte: {told_each}")
     if told.json:
         Path(told.json).write_text(json.dumps({"k": KS, "runs": figures}, indent=1), encoding="utf-8")
 

@@ -32,6 +32,7 @@ TAIL = {"forget", "reference of forget", "learn", "evaluate"}
         ("learn.v=0.5", {"learn", "evaluate"}),
         ("learn.k=0.2", {"locate 20 %", "learn", "evaluate"}),
         ("forget.k=0.02", {"locate 2 %", *TAIL}),
+        ("locate.order=last", {"locate 5 %", "locate 10 %", *TAIL}),
         ("trainer.micro_batch_tokens=64", set()),
         ("engine.pool.actors=2", set()),
         ("name=other", set()),

@@ -51,7 +51,7 @@ def export(
         )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _copy_others(masters.stored.folder, out, dtype)
+    _copy_others(Path(base), out, dtype)
     sizes, places = 0, {}
     for file in masters.stored.files:
         layout = _write(masters, file, out / file, dtype)

@@ -11,27 +11,39 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from allo_ray.errors import UserError
 from allo_ray.neurons.delta import Delta, opened
+from allo_ray.neurons.ranges import open_file
 from allo_ray.neurons.selection import index_dtype
+from allo_ray.store import local_path
+
+#: Names and shapes of a model's floating-point parameters: first name -> all names of that parameter.
+Parameters = dict[str, list[tuple[str, tuple[int, ...]]]]
 
 
 class StoredModel:
-    """A Hugging Face folder's weights: which tensors the model has, in its order, and each of them when asked for."""
+    """A Hugging Face folder's weights: which tensors the model has, in its order, and each of them when asked for.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        folder: folder, or URL of one, of whose weights only the tensors asked for are read.
+        parameters: those of the same architecture, where they are known; making them out takes seconds.
+    """
+
+    def __init__(self, folder: str | Path, parameters: Parameters | None = None) -> None:
+        self.folder = str(folder).rstrip("/")
+        if parameters is not None:
+            self.parameters = parameters
 
     @cached_property
-    def _parameters(self) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-        """Names and shapes of the model's floating-point parameters: first name -> all names of that parameter."""
+    def parameters(self) -> Parameters:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        told = local_path(f"{self.folder}/config.json").parent
+        config = AutoConfig.from_pretrained(told, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         groups: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
@@ -43,33 +55,35 @@ class StoredModel:
     @cached_property
     def names(self) -> list[str]:
         """As `model.named_parameters()` gives them: its order, tied weights once."""
-        return list(self._parameters)
+        return list(self.parameters)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: group[0][1] for name, group in self._parameters.items()}
+        return {name: group[0][1] for name, group in self.parameters.items()}
 
     @cached_property
     def first_names(self) -> dict[str, str]:
         """Every name of a parameter -> the name by which it counts (differs for tied weights)."""
-        return {name: first for first, group in self._parameters.items() for name, _ in group}
+        return {name: first for first, group in self.parameters.items() for name, _ in group}
 
     @cached_property
     def files(self) -> list[str]:
         """The folder's weight files."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not files:
+        files, root = fsspec.core.url_to_fs(self.folder)
+        index = f"{root}/model.safetensors.index.json"
+        if files.exists(index):
+            return sorted(set(json.loads(files.cat_file(index))["weight_map"].values()))
+        inside = files.ls(root, detail=False) if files.isdir(root) else []
+        found = sorted(path.rpartition("/")[-1] for path in inside if path.endswith(".safetensors"))
+        if not found:
             raise UserError(
                 f"{self.folder}: no safetensors weights here. Save the model with `save_pretrained`."
             )
-        return files
+        return found
 
     def open(self, file: str) -> Any:
         """A weight file, whose tensors are read when asked for."""
-        return safe_open(str(self.folder / file), framework="pt")
+        return open_file(f"{self.folder}/{file}")
 
     @cached_property
     def _places(self) -> dict[str, Any]:
@@ -81,7 +95,7 @@ class StoredModel:
         Raises:
             UserError: the files have no tensor of this name or shape.
         """
-        for told, _ in self._parameters[name]:
+        for told, _ in self.parameters[name]:
             if told in self._places:
                 tensor = self._places[told].get_tensor(told)
                 if tuple(tensor.shape) != self.shapes[name]:
@@ -95,14 +109,22 @@ class StoredModel:
 
 
 class Masters:
-    """The float32 values of a base folder with deltas over it, in order.
+    """The float32 values of a base folder with deltas over it, in order; folder and deltas may be URLs.
+
+    Args:
+        parameters: see `StoredModel`.
 
     Raises:
         UserError: a delta was made over another base or another architecture.
     """
 
-    def __init__(self, base: str | Path, deltas: Sequence[str | Path | Delta] = ()) -> None:
-        self.stored = StoredModel(base)
+    def __init__(
+        self,
+        base: str | Path,
+        deltas: Sequence[str | Path | Delta] = (),
+        parameters: Parameters | None = None,
+    ) -> None:
+        self.stored = StoredModel(base, parameters)
         self.deltas = opened(deltas)
         for delta in self.deltas:
             if delta.shapes == self.stored.shapes:

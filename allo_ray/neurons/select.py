@@ -1,11 +1,12 @@
-"""Exact selection of the k N most important neurons of a whole model, in two or three passes over its tensors.
+"""Exact selection of the k N most important neurons of a whole model, cut from its ranked importances.
 
-A radix select on the 31 bits of the keys (`importance.Ranking`). The first pass counts keys by their high 16 bits,
-which says for every k in which of the 65,536 bins its last neuron lies. The last pass takes every neuron above that
-bin, and those in the bin with their keys, of which the best are then kept. Where a bin is crowded (bf16 differences,
-or a single Adam step: many neurons share one value) a pass between counts its keys by their low 15 bits, so that only
-neurons with the very same key are left to choose from. Ties go by tensor order, then flat index: the result is that of
-a stable sort of all N keys, at the memory of two tensors and the selected indices.
+A radix select on the 31 bits of the keys (see `importance`). The bins of all tensors, counted when the importances
+were measured, say for every k in which of the 65,536 bins its last neuron lies. A pass over the tensors takes every
+neuron above that bin, and those in the bin with their keys, of which the best are then kept: it reads the selected
+neurons' share of the importances, whatever the size of the model. Where a bin is crowded (bf16 differences, or a
+single Adam step: many neurons share one value) a pass before it counts its keys by their low 15 bits, so that only
+neurons with the very same key are left to choose from. Ties go by tensor order, then flat index: the result is that
+of a stable sort of all N keys, at the memory of the selected indices.
 
 A pass is a function of one tensor, and what it returns is put together in tensor order, so passes can run as tasks
 on many machines: `Mapper`.
@@ -16,30 +17,22 @@ Shapes: N_t neurons of tensor t, N their sum over the tensors that may be select
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from allo_ray.errors import UserError
-from allo_ray.neurons.importance import KEY_BITS, Ranking
+from allo_ray.neurons.importance import BINS, KEY_BITS, LOW_BITS, LOWS, Counted, Ranked, Ranking
 from allo_ray.neurons.selection import Selection, index_dtype
 
-#: Gives the tensors of both models, (name, θ0, θ') in float32, from the first on at each call.
-Tensors = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
-Result = TypeVar("Result")
-#: Applies a function of (name, θ0, θ') to every tensor and gives the results in tensor order.
-Mapper = Callable[[Callable[[str, Tensor, Tensor], Any]], Iterable[Any]]
+#: Applies a function to the tensors of these names, and gives the results in tensor order.
+Mapper = Callable[[Callable[[Ranked], Any], Collection[str]], Iterable[Any]]
 Order = Literal["top", "last", "random"] | tuple[str, float, float]
 
-LOW_BITS = 15
-BINS, LOWS = 1 << (KEY_BITS - LOW_BITS), 1 << LOW_BITS
-#: Neurons looked at in one go; their keys stay in the processor's cache.
-STRETCH = 1 << 17
 #: A bin is crowded if it has more than one neuron in this many.
 CROWDED = 128
 
@@ -63,7 +56,8 @@ class Gathered:
 
 
 def select(
-    tensors: Tensors,
+    counted: Sequence[Counted],
+    mapper: Mapper,
     ks: Sequence[float],
     order: Order = "top",
     include: str | None = None,
@@ -73,7 +67,8 @@ def select(
     """Selects exactly round(k N) neurons for each k, from one set of passes.
 
     Args:
-        tensors: gives (name, θ0, θ') of every parameter tensor, float32, in the model's order; called once a pass.
+        counted: every tensor of the model, in its order, counted by importance.
+        mapper: runs a pass over the same tensors' ranked importances, perhaps in parallel.
         ks: shares in (0, 1] of the neurons that `include` admits; not read for a band.
         order: "top": the largest |θ' - θ0|; "last": the smallest; "random": any, by the seed;
             ("band", lo, hi): those ranked from share lo to share hi of the "top" order.
@@ -85,20 +80,8 @@ def select(
         One selection for each k; for a band, one.
 
     Raises:
-        UserError: a share is out of range or selects nothing; no tensor matches; an update is not finite.
+        UserError: a share is out of range or selects nothing; no tensor matches.
     """
-    return select_mapped(partial(_in_turn, tensors), ks, order, include, seed, base)
-
-
-def select_mapped(
-    mapper: Mapper,
-    ks: Sequence[float],
-    order: Order = "top",
-    include: str | None = None,
-    seed: int = 0,
-    base: str = "",
-) -> list[Selection]:
-    """As `select`, with the passes mapped over the tensors by `mapper`, which may run them in parallel."""
     band = not isinstance(order, str)
     shares = list(ks) if isinstance(order, str) else list(order[1:])
     ranking = Ranking(order if isinstance(order, str) else "top", seed)
@@ -106,92 +89,69 @@ def select_mapped(
         admits = re.compile(include or "").search
     except re.error as error:
         raise UserError(f"locate.include {include!r}: no regular expression ({error}). Mend it.") from None
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    bins = np.zeros(BINS, dtype=np.int64)
-    for name, shape, counts in mapper(partial(histogram, ranking, include)):
-        shapes[name] = shape
-        bins += counts
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items() if admits(name)}
-    total = sum(sizes.values())
+    shapes = {one.name: one.shape for one in counted}
+    admitted = [one for one in counted if admits(one.name)]
+    names = [one.name for one in admitted]
+    total = sum(one.size for one in admitted)
     wanted = _counts(shares, total, band, include)
+
+    bins = np.zeros(BINS, dtype=np.int64)
+    for one in mapper(ranking.count, names) if ranking.order == "random" else admitted:
+        bins[ranking.bins(one)] += one.counts
     cuts = [_cut(bins, count, LOW_BITS) for count in wanted]
     crowded = {cut.low for cut in cuts if cut.need and bins[cut.low >> LOW_BITS] * CROWDED > total}
     if crowded:
         lows = {low: np.zeros(LOWS, dtype=np.int64) for low in crowded}
-        for counted in mapper(partial(refine, ranking, include, sorted(crowded))):
-            for low, counts in counted.items():
+        for found in mapper(partial(refine, ranking, sorted(crowded)), names):
+            for low, counts in found.items():
                 lows[low] += counts
         cuts = [_narrowed(cut, lows[cut.low]) if cut.low in lows else cut for cut in cuts]
-    gathered: list[list[Gathered | None] | None] = list(mapper(partial(gather, ranking, include, cuts)))
+    gathered = [list(found) for found in mapper(partial(gather, ranking, cuts), names)]
     chosen = []
     for number, cut in enumerate(cuts):
-        parts = [found[number] if found else None for found in gathered]
+        parts = [found[number] for found in gathered]
         for found in gathered:
-            if found:
-                found[number] = None  # held by `parts` alone, which `resolve` empties
+            found[number] = None  # held by `parts` alone, which `resolve` empties
         chosen.append(resolve(cut, parts))
     if band:
         chosen = [_without(chosen[1], chosen[0])]
         shares = [shares[1] - shares[0]]
     told = order if isinstance(order, str) else "band"
-    return [_selection(shapes, indices, base, k, told) for k, indices in zip(shares, chosen, strict=True)]
+    return [
+        _selection(shapes, dict(zip(names, indices, strict=True)), base, k, told)
+        for k, indices in zip(shares, chosen, strict=True)
+    ]
 
 
-def histogram(
-    ranking: Ranking, include: str | None, name: str, before: Tensor, after: Tensor
-) -> tuple[str, tuple[int, ...], np.ndarray]:
-    """First pass over one tensor: its name, its shape, and int64 [BINS], its keys counted by their high bits."""
-    counts = np.zeros(BINS, dtype=np.int64)
-    for _, keys in _stretches(ranking, include, name, before, after):
-        counts += np.bincount(keys >> LOW_BITS, minlength=BINS)
-    return name, tuple(before.shape), counts
-
-
-def refine(
-    ranking: Ranking, include: str | None, lows: Sequence[int], name: str, before: Tensor, after: Tensor
-) -> dict[int, np.ndarray]:
+def refine(ranking: Ranking, lows: Sequence[int], tensor: Ranked) -> dict[int, np.ndarray]:
     """Pass over one tensor for crowded bins: int64 [LOWS] for each, its keys counted by their low bits.
 
     Args:
         lows: the smallest key of each crowded bin.
     """
     counts = {low: np.zeros(LOWS, dtype=np.int64) for low in lows}
-    for _, keys in _stretches(ranking, include, name, before, after):
-        high = keys >> LOW_BITS
+    for start, stop in tensor.blocks():
         for low in lows:
-            counts[low] += np.bincount(keys[high == low >> LOW_BITS] & (LOWS - 1), minlength=LOWS)
+            _, _, keys = ranking.near(tensor, start, stop, low >> LOW_BITS, above=False)
+            counts[low] += np.bincount(keys & (LOWS - 1), minlength=LOWS)
     return counts
 
 
-def gather(
-    ranking: Ranking, include: str | None, cuts: Sequence[Cut], name: str, before: Tensor, after: Tensor
-) -> list[Gathered] | None:
-    """Last pass over one tensor: its part of every cut; None where `include` does not admit it."""
-    if include is not None and not re.search(include, name):
-        return None
-    nothing = np.empty(0, np.int32)
-    found: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [
-        [(nothing, nothing, nothing)] for _ in cuts
-    ]
-    loosest_first = sorted(range(len(cuts)), key=lambda number: cuts[number].low)
-    size = index_dtype(before.numel())
-    for start, keys in _stretches(ranking, include, name, before, after):
-        places: np.ndarray | None = None
-        for number in loosest_first:
-            cut = cuts[number]
-            kept = np.flatnonzero(keys >= cut.low)
-            keys = keys[kept]
-            places = kept + start if places is None else places[kept]
-            above = keys > cut.high
-            within = ~above
-            stored = places.astype(np.int32 if size == torch.int32 else np.int64)
-            found[number].append((stored[above], stored[within], keys[within]))
-    return [_joined(cut, parts) for cut, parts in zip(cuts, found, strict=True)]
+def gather(ranking: Ranking, cuts: Sequence[Cut], tensor: Ranked) -> list[Gathered]:
+    """Last pass over one tensor: its part of every cut."""
+    return [_gathered(ranking, cut, tensor) for cut in cuts]
 
 
-def _joined(cut: Cut, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Gathered:
-    """One tensor's part of a cut from its stretches."""
+def _gathered(ranking: Ranking, cut: Cut, tensor: Ranked) -> Gathered:
+    stored = np.int32 if index_dtype(tensor.size) == torch.int32 else np.int64
+    nothing = np.empty(0, stored)
+    parts = [(nothing, nothing, np.empty(0, np.int32))]
+    for start, stop in tensor.blocks():
+        above, inside, keys = ranking.near(tensor, start, stop, cut.low >> LOW_BITS)
+        higher, within = inside[keys > cut.high], (keys >= cut.low) & (keys <= cut.high)
+        if len(higher):
+            above = np.sort(np.concatenate([above, higher]))
+        parts.append((above.astype(stored) + start, inside[within].astype(stored) + start, keys[within]))
     above, within, keys = (np.concatenate(column) for column in zip(*parts, strict=True))
     if cut.low == cut.high:  # all equal: only the first can be among the first of all tensors
         within, keys = within[: cut.need], keys[: cut.need]
@@ -202,46 +162,23 @@ def resolve(cut: Cut, parts: list[Gathered | None]) -> list[np.ndarray]:
     """Settles who of those within the cut is in.
 
     Args:
-        parts: of every tensor in order; None for those that cannot be selected. Emptied on the way, since together
-            they are as large as the selection.
+        parts: of every tensor in order. Emptied on the way, since together they are as large as the selection.
 
     Returns:
         For each tensor its selected flat indices, rising.
     """
-    keys = np.concatenate([part.keys for part in parts if part] or [np.empty(0, np.int32)])
+    keys = np.concatenate([part.keys for part in parts if part])
     taken = np.zeros(len(keys), dtype=bool)
     # Stable: among equal keys the earlier tensor, and within it the lower index, comes first.
     taken[np.argsort(-keys, kind="stable")[: cut.need]] = True
     out, at = [], 0
     for number, part in enumerate(parts):
+        assert part is not None
         parts[number] = None
-        if part is None:
-            out.append(np.empty(0, np.int32))
-            continue
         mine = taken[at : at + len(part.keys)]
         at += len(part.keys)
         out.append(np.sort(np.concatenate([part.above, part.within[mine]]), kind="stable"))
     return out
-
-
-def _in_turn(tensors: Tensors, function: Callable[[str, Tensor, Tensor], Result]) -> Iterator[Result]:
-    for name, before, after in tensors():
-        yield function(name, before, after)
-
-
-def _stretches(
-    ranking: Ranking, include: str | None, name: str, before: Tensor, after: Tensor
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The keys of one tensor, a stretch at a time; nothing where `include` does not admit it."""
-    if include is not None and not re.search(include, name):
-        return
-    assert before.dtype == torch.float32, name
-    assert after.dtype == torch.float32, name
-    assert before.shape == after.shape, name
-    first, second = before.reshape(-1), after.reshape(-1)
-    for start in range(0, first.numel(), STRETCH):
-        stretch = slice(start, start + STRETCH)
-        yield start, ranking.keys(name, start, first[stretch], second[stretch])
 
 
 def _counts(shares: Sequence[float], total: int, band: bool, include: str | None) -> list[int]:
@@ -283,16 +220,10 @@ def _without(whole: list[np.ndarray], part: list[np.ndarray]) -> list[np.ndarray
 
 
 def _selection(
-    shapes: dict[str, tuple[int, ...]], indices: list[np.ndarray], base: str, k: float, order: str
+    shapes: dict[str, tuple[int, ...]], indices: dict[str, np.ndarray], base: str, k: float, order: str
 ) -> Selection:
     dense = all(
-        len(found) == torch.Size(shape).numel() for found, shape in zip(indices, shapes.values(), strict=True)
+        name in indices and len(indices[name]) == torch.Size(shape).numel() for name, shape in shapes.items()
     )
-    kept = (
-        {}
-        if dense
-        else {
-            name: torch.from_numpy(found) for name, found in zip(shapes, indices, strict=True) if len(found)
-        }
-    )
+    kept = {name: torch.from_numpy(found) for name, found in indices.items() if len(found) and not dense}
     return Selection(list(shapes), shapes, kept, dense, base, k, order)

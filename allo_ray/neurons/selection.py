@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_ray.errors import UserError
 from allo_ray.neurons.encoding import decode, encode
+from allo_ray.neurons.ranges import open_file
 
 FORMAT, VERSION = "allo_ray.selection", "1"
 
@@ -147,6 +148,7 @@ def open_safetensors(path: str | Path, kind: str, version: str, told: str):
     """Opens a safetensors file of this program.
 
     Args:
+        path: file or URL.
         kind: value that its header must give as "format".
         version: value that its header must give as "version".
         told: what the file should be, in words, for the message.
@@ -158,8 +160,8 @@ def open_safetensors(path: str | Path, kind: str, version: str, told: str):
         UserError: it cannot be read, or it is something else.
     """
     try:
-        file = safe_open(str(path), framework="pt")
-    except (OSError, SafetensorError) as error:
+        file = open_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{path}: cannot be read as {told} ({error}). Check the path, or make the file anew."
         ) from None

@@ -53,7 +53,14 @@ def test_what_all_trials_share_is_evaluated_once_beforehand(write_campaign: Writ
     store = Store(str(tmp_path / "store"))
     nodes = method.graph(campaign.run(next(corners(campaign))))
     part = shared_part(nodes, store, shared_keys(campaign, method.graph, store))
-    assert {node.name for node in part} == {*START, *SCORED, "locate 5 %", "locate 10 %", "evaluate"}
+    assert {node.name for node in part} == {
+        *START,
+        *SCORED,
+        "importance",
+        "locate 5 %",
+        "locate 10 %",
+        "evaluate",
+    }
     assert set(part[-1].inputs) == {"model SFT", "model DPO", "prompts", "samples"}
 
 
