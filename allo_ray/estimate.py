@@ -53,7 +53,7 @@ def estimate(config: RunConfig, neurons: int) -> Estimate:
             states = k * (8 + (4 if k < 1 else 0) + 8 / bounds(config.trainer.workers)[0])
         scale = (neurons / MEASURED_NEURONS) ** 0.5
         activations = config.trainer.micro_batch_tokens * ACTIVATION_BYTES * scale
-        if config.trainer.gradient_checkpointing:
+        if config.trainer.checkpointing:
             activations /= 10
         return int(neurons * (weight + states) + activations) + PROCESS_BYTES
 

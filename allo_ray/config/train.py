@@ -25,12 +25,19 @@ class TrainerConfig(Section):
     threads: int | None = Field(default=None, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
-    gradient_checkpointing: bool = False
+    #: Activations are computed again in the backward pass. null: under ZeRO 3 only, where every gathered weight would
+    #: otherwise stay in memory from its forward to its backward pass.
+    gradient_checkpointing: bool | None = None
     #: Tokens of one forward and backward pass (prompt once, both responses).
     micro_batch_tokens: int = Field(default=2048, ge=16)
     #: Optimiser steps between two checkpoints; 0 keeps none.
     checkpoint_every: int = Field(default=50, ge=0)
     max_failures: int = Field(default=3, ge=0)
+
+    @property
+    def checkpointing(self) -> bool:
+        """`gradient_checkpointing`, decided."""
+        return self.zero_stage == 3 if self.gradient_checkpointing is None else self.gradient_checkpointing
 
 
 class TrainConfig(Section):

@@ -16,8 +16,9 @@ floating-point dtype and shape.
 
 Sharded weights (ZeRO-3). The engine may hold only a slice of the flat W on each rank. Gather `values` tensor by
 tensor after a step and give each rank's slice to `Neurons.write_shard`; every later gather of W is then right. The
-decoder layers have to be leaf modules (`deepspeed.utils.set_z3_leaf_modules`), since the parametrization is a module
-of its own, after which the engine would release W before the matrix product.
+engine gathers W for the parametrization, a module of its own, and lets go of it right after; the alias keeps it in
+memory for the matrix product, and for as long as autograd keeps the alias. That is until the backward pass, unless the
+layer is computed again there: so gradient checkpointing is what keeps the weights of all layers but one sharded.
 """
 
 from __future__ import annotations

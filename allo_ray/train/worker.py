@@ -42,7 +42,7 @@ def build(job: TrainJob, device: torch.device) -> tuple[Policy, Neurons]:
         UserError: the selection or a layer does not belong to the model.
     """
     dtype = DTYPES[job.config.dtype]
-    model = load_model(job.base, dtype, job.trainer.gradient_checkpointing).to(device)
+    model = load_model(job.base, dtype, job.trainer.checkpointing).to(device)
     selection = Selection.of_model(model) if job.selection is None else Selection.load(job.selection)
     neurons = attach(model, selection, masters_of(job.base, job.layers, dtype))
     return Policy(model), neurons

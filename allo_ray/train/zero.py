@@ -43,8 +43,10 @@ def engine_config(
     # DeepSpeed's own bucket is a buffer of 2 GB, however few values there are; it has to hold the largest tensor.
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": max(*sizes, min(sum(sizes), BUCKET))}
     if stage == 3:
-        # Nothing stays whole on every worker but what is in use.
-        zero |= {"stage3_param_persistence_threshold": 0}
+        # No tensor stays whole for being small; one that is used again within DeepSpeed's reuse distance, 1e9 neurons,
+        # does until then, from the second step on. Gradients are sent from where they are: contiguous, they would
+        # pass through a buffer as large as the bucket, which is never freed: 4 B for each value up to `BUCKET`.
+        zero |= {"stage3_param_persistence_threshold": 0, "contiguous_gradients": False}
     if trainer.offload_optimizer:
         zero |= {"offload_optimizer": {"device": "cpu"}}
     return {
