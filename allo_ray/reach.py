@@ -55,7 +55,7 @@ def check_folder(folder: str, remedy: str) -> None:
     Raises:
         UserError: a node does not reach it; names the node.
     """
-    nodes = _alive()
+    nodes = alive_nodes()
     if len(nodes) < 2:
         return
     folder = folder if "://" in folder else str(Path(folder).absolute())
@@ -75,14 +75,14 @@ def check_folder(folder: str, remedy: str) -> None:
         ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
         for answer, node in asked.items():
             problem = _problem(answer, folder, f"{token}-{node}", token)
-            if problem and node in _alive():  # a node that has just left does not count
+            if problem and node in alive_nodes():  # a node that has just left does not count
                 raise UserError(f"{folder}: node {nodes[node]} {problem}. {remedy}")
     finally:
         for left in files.glob(f"{place}/{token}*"):
             files.rm_file(left)
 
 
-def _alive() -> dict[str, str]:
+def alive_nodes() -> dict[str, str]:
     """Id of every living node -> what to call it."""
     return {
         node[

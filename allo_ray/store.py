@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,27 @@ def local_path(path: str) -> Path:
         files.get(root, str(part), recursive=True)
         _rename_or_discard(part, target)
     return target
+
+
+def fetch_anew(url: str, folder: Path) -> Path:
+    """Returns `folder` with what is behind a URL now, and nothing else; for content that may change.
+
+    (`local_path` finds again what it has fetched once.)
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    files, root = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    files.get(root, str(folder), recursive=True)
+    return folder
+
+
+def hand_over(made: Iterable[Path], out: str) -> None:
+    """Copies files from the folder `work_beside(out)` to `out`, where that is a URL."""
+    if "://" in out:
+        for file in made:
+            files, target = fsspec.core.url_to_fs(f"{out}/{file.name}")
+            files.put_file(str(file), target)
 
 
 class Store:

@@ -1,11 +1,16 @@
 """Sampling: our job on one actor beside bare vLLM in one process, on the same cores, in turns.
 
-    python -m benchmarks.sample --json sample.json [--prompts 64] [--n 8] [--rounds 3] [--model FOLDER]
+    python -m benchmarks.sample --json sample.json [--prompts 64] [--n 8] [--rounds 3] [--resume-prompts 128]
 
 Both give the same prompts, seeds and sampling parameters (temperature 0.7, top_p 0.95, responses of up to 64 tokens
 that end where the model ends them). Reported: tokens generated a second of steady state, without start-up, by wall
-clock and by CPU time (which a busy machine disturbs less); start-up; what it costs to resume; sizes on disk. A ratio
-is the median over the rounds of ours to theirs in the same round. What a job of millions costs: `benchmarks.at_scale`.
+clock and by CPU time (which a busy machine disturbs less); start-up; sizes on disk. A ratio is the median over the
+rounds of ours to theirs in the same round. What a job of millions costs: `benchmarks.at_scale`.
+
+`resume`: a job that is stopped half-way (t1) and run again (t2), against the same job undisturbed (t): t1 + t2 - t in
+seconds and as a share of t, with and without the start-up of engines. The seconds do not grow with the job: a start,
+what was under way at the stop (at most two batches an actor), and knowing what is done, which is timed alone for
+100,000 prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +34,11 @@ from transformers import AutoTokenizer
 
 from allo_ray import tables
 from allo_ray.config.engine import EngineConfig, EngineResources
-from allo_ray.data.inference import INDEXED_FILES, Job, count_rows, sample
-from allo_ray.data.inference_work import SampleWork
+from allo_ray.data.inference import INDEXED_FILES, Job, count_rows, run, sample
+from allo_ray.data.inference_work import Answers, Row, SampleWork
 from allo_ray.data.shard_index import Answered
 from allo_ray.data.shards import Shards, name_of
-from allo_ray.engines.base import Sampling, sample_seed
+from allo_ray.engines.base import Engine, Sampling, sample_seed
 from allo_ray.models import smollm2
 from benchmarks.inference_peers import Figures, run_peer
 
@@ -75,7 +82,7 @@ def ours(config: EngineConfig, model: Path, rows: pa.Table, n: int, out: Path) -
     return facts | {"tokens": facts["tokens_out"]}
 
 
-def resume(rows: int, per_shard: int, folder: Path) -> dict[str, float]:
+def known(rows: int, per_shard: int, folder: Path) -> dict[str, float]:
     """Seconds to find out that all is done in a folder of `rows` prompts, as a finished job leaves it."""
     shards = Shards(str(folder / "out"), tables.SAMPLES, "prompt_id")
     shards.claim({})
@@ -100,12 +107,57 @@ def resume(rows: int, per_shard: int, folder: Path) -> dict[str, float]:
     return {"rows": rows, "shards": len(files), "seconds": time.perf_counter() - start}
 
 
+class Stopped(Exception):
+    pass
+
+
+class Half:
+    """Progress that stops the job half-way."""
+
+    def update(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        if 2 * done >= total:
+            raise Stopped
+
+
+@dataclass(frozen=True)
+class Noted(SampleWork):
+    """Sampling that leaves a note when its first batch begins: a job that is stopped tells no figures."""
+
+    note: str = ""
+
+    def answer(self, engine: Engine, rows: Sequence[Row]) -> Answers:
+        with suppress(FileExistsError), open(self.note, "x") as file:
+            file.write(str(time.time()))
+        return super().answer(engine, rows)
+
+
+def resume(config: EngineConfig, model: Path, rows: pa.Table, n: int, folder: Path) -> dict[str, float]:
+    """Seconds of a job undisturbed, of its first half until it was stopped, and of the rest; with start-up, without."""
+
+    def timed(name: str, out: str, progress: Half | None = None) -> tuple[float, float]:
+        note = folder / f"{name}.started"
+        job = Job(rows, str(model), Noted(SAMPLING, n, 0, note=str(note)), str(folder / out), "benchmark")
+        called = time.time()
+        with suppress(Stopped):
+            run([job], config, progress)
+        ended = time.time()
+        return ended - called, ended - float(note.read_text())
+
+    runs = [timed("whole", "whole"), timed("first", "halves", Half()), timed("second", "halves")]
+    assert len(tables.SAMPLES.read(folder / "halves")) == len(tables.SAMPLES.read(folder / "whole"))
+    out = {}
+    for label, (whole, first, second) in zip(("", "_without_startup"), zip(*runs, strict=True), strict=True):
+        out |= {f"seconds{label}": first + second - whole, f"share{label}": (first + second) / whole - 1}
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", required=True)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resume-prompts", type=int, default=128)
     parser.add_argument("--model", type=Path)
     told = parser.parse_args()
     ray.init(num_cpus=(os.cpu_count() or 1) + 4, include_dashboard=False, log_to_driver=False)
@@ -123,8 +175,14 @@ def main() -> None:
             for turn in turns if number % 2 == 0 else reversed(turns):
                 turn()
         size = sum(file.stat().st_size for file in (folder / "out0").glob("*.parquet"))
-        (folder / "resume").mkdir()
-        found = resume(100_000, 32, folder / "resume")
+        small = config.model_copy(update={"pool": config.pool.model_copy(update={"batch_size": 32})})
+        stops = []
+        for number in range(told.rounds):
+            (folder / f"resume{number}").mkdir()
+            asked = prompts(model, told.resume_prompts)
+            stops.append(resume(small, model, asked, told.n, folder / f"resume{number}"))
+        (folder / "known").mkdir()
+        found = known(100_000, 32, folder / "known")
 
     def speed(figures: list[dict[str, Any]], seconds: str) -> float:
         return statistics.median(one["tokens"] / one[seconds] for one in figures)
@@ -133,8 +191,6 @@ def main() -> None:
         pairs = zip(mine, theirs, strict=True)
         return statistics.median((a["tokens"] / a[seconds]) / (b["tokens"] / b[seconds]) for a, b in pairs)
 
-    steady = statistics.median(one["seconds"] for one in mine)
-    resume_share = found["seconds"] / (found["rows"] / (told.prompts / steady))
     out = {
         "model": f"SmolLM2-135M-Instruct {config.dtype}, one thread",
         "requests": told.prompts * told.n,
@@ -148,7 +204,8 @@ def main() -> None:
         "startup_seconds": statistics.median(one["startup_seconds"] for one in mine),
         "engine_seconds": statistics.median(one["engine_seconds"] for one in mine),
         "cached_share_of_prompt_tokens": mine[-1]["cached"],
-        "resume": found | {"share_of_the_job": resume_share},
+        "resume": {name: statistics.median(one[name] for one in stops) for name in stops[0]}
+        | {"requests": told.resume_prompts * told.n, "knowing_what_is_done": found},
         "bytes_per_sample": size / (told.prompts * told.n),
     }
     Path(told.json).write_text(json.dumps(out, indent=1))

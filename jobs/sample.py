@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
     from allo_ray.session import chatter_to, cluster
-    from allo_ray.store import work_beside
+    from allo_ray.store import hand_over, work_beside
 
     folder, work = cached_model(config.model), work_beside(config.out)
     tokeniser = Tokeniser(str(folder))
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if config.verify is not None:
         Verifier(config.verify)
     check_engine(config.engine, parameter_count(folder), "model.path", config.cluster.address)
-    asked, prompts = config.sample, work / "prompts.parquet"
+    asked, prompts, drops = config.sample, work / "prompts.parquet", work / "drops.parquet"
     # What decides the rows, wherever the same data lies.
     settings = {"template", "columns", "split", "args", "limit", "max_prompt_tokens"}
     source = config.data.model_dump(mode="json", include=settings)
@@ -67,21 +67,22 @@ def main(arguments: list[str]) -> int:
             config.data,
             tokeniser,
             prompts,
-            work / "drops.parquet",
+            drops,
             verify=config.verify,
             needs_reference=config.verify is not None,
         )
 
     early = in_place(config.data)
-    counts = prepared_once([prompts], params, write) if early else {}
+    counts = prepared_once([prompts, drops], params, write) if early else {}
     with (
         chatter_to(work / "run.log", stderr=True) as terminal,
         cluster(config.cluster, config.engine.pool.num_gpus),
     ):
         check_results(config.out, work)
-        counts = counts if early else prepared_once([prompts], params, write)
+        counts = counts if early else prepared_once([prompts, drops], params, write)
         with Progress(terminal) as lines, lines.stage("sample") as line:
             facts = run([job], config.engine, line)[0]
+    hand_over([drops], config.out)
     print(json.dumps(facts | {"prompts": counts}, indent=1))
     return 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from jobs.cli import guarded
 
@@ -27,8 +26,6 @@ def main(arguments: list[str]) -> int:
 
     config = load_as(ScoreJob, told.config, told.set)
 
-    import fsspec
-
     from allo_ray.data.inference import Job, run
     from allo_ray.data.inference_work import ScoreWork
     from allo_ray.data.prepared import prepared_once
@@ -41,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
     from allo_ray.session import chatter_to, cluster
-    from allo_ray.store import local_path, work_beside
+    from allo_ray.store import fetch_anew, hand_over, work_beside
 
     folder, work = cached_model(config.model), work_beside(config.out)
     reward = Tokeniser(str(folder))
@@ -72,15 +69,14 @@ def main(arguments: list[str]) -> int:
     if policy is not None:
         carried = work / "token_scores.parquet"
         responses = user_responses(config.rows, config.columns, policy)
-        raw = local_path(f"{config.out}/scores")
+        raw = work / "scores"
+        if "://" in config.out:
+            fetch_anew(f"{config.out}/scores", raw)
         facts["carried"] = write_carried_scores(
             carried, responses=responses, raw=raw, policy=policy, reward=reward
         )
         files.append(carried)
-    if work != Path(config.out):
-        for file in files[1:]:
-            told, target = fsspec.core.url_to_fs(f"{config.out}/{file.name}")
-            told.put_file(str(file), target)
+    hand_over(files[1:], config.out)
     print(json.dumps(facts, indent=1))
     return 0
 

@@ -20,6 +20,7 @@ class EngineResources(Section):
     num_gpus: float = Field(default=0, ge=0)
     #: Threads of one actor on the CPU; by default what num_cpus says.
     threads: int | None = Field(default=None, ge=1)
+    #: GPUs of one actor that share a model's weights.
     tensor_parallel: int = Field(default=1, ge=1)
     gpu_memory_utilization: PositiveFraction = 0.85
     #: GiB of key-value cache of an engine on the CPU.
@@ -31,6 +32,15 @@ class EngineResources(Section):
     batch_size: int = Field(default=128, ge=1)
     #: Such batches under way at each actor.
     batches_in_flight: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _gpus_to_share(self) -> EngineResources:
+        if self.tensor_parallel > max(1, self.num_gpus):
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} GPUs are to share the weights, an actor has "
+                f"{self.num_gpus:g}. Set num_gpus: {self.tensor_parallel}, or a smaller tensor_parallel"
+            )
+        return self
 
 
 class EngineConfig(Section):

@@ -25,14 +25,14 @@ import pyarrow.dataset as pads
 import ray
 from ray.exceptions import RayActorError
 
-from allo_ray.config.base import bounds
+from allo_ray.config.base import bounds, semantic
 from allo_ray.config.data import VerifyConfig
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference_actor import ANSWERED, JOB, Assignment, InferenceActor
 from allo_ray.data.inference_work import SampleWork, ScoreWork, Work
 from allo_ray.data.shard_index import Answered, hash_ids
 from allo_ray.data.shards import Shards
-from allo_ray.data.tally import Tally, rates
+from allo_ray.data.tally import Tally, gauges, rates
 from allo_ray.data.task_errors import users_error
 from allo_ray.engines.base import Sampling, model_facts
 from allo_ray.engines.build import engine_environment
@@ -71,11 +71,11 @@ class Job:
         return Shards(str(self.out), self.work.table, self.work.key)
 
     def params(self, engine: EngineConfig) -> dict[str, Any]:
-        """Everything that decides the answers, as JSON."""
+        """Everything that decides the answers, as JSON: of the engine all but its resources."""
         told = {
             "work": self.work.told(),
             "model": self.model_id or str(self.model),
-            "dtype": engine.dtype,
+            "engine": semantic(engine),
         }
         return told | ({"source": dict(self.source)} if self.source else {})
 
@@ -116,9 +116,10 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
     """Runs jobs whose models have one architecture and whose rows have one schema, on one pool of actors.
 
     Returns, and writes as `summary.json` beside the shards, for each job:
-        rows, skipped (had a result already), rejected, killed; tokens_in, tokens_out; seconds (steady state),
-        startup_seconds (until the first engine was ready), engine_seconds (of it in the engine itself),
-        tokens_in_per_second, tokens_out_per_second.
+        rows, skipped (had a result or were rejected already), rejected_total (by this run and those before it);
+        of this run: rejected, killed (rejected because their engine died on them); tokens_in, tokens_out; seconds
+        (steady state), startup_seconds (until the first engine was ready), engine_seconds (of it in the engine
+        itself), tokens_in_per_second, tokens_out_per_second; actors; cached (share of the prompt tokens).
 
     Raises:
         UserError: an id occurs twice; a folder holds results of other parameters; the models differ in architecture;
@@ -151,7 +152,8 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
                 indexes[told[JOB]].add(told[ANSWERED])
                 finished += told["rows"]
                 if progress is not None:
-                    progress.update(finished, total, "rows", **rates(tallies), **tally.gauges)
+                    doing = gauges(tallies, bounds(engine.pool.actors)[1])
+                    progress.update(finished, total, "rows", **rates(tallies), **doing)
                 if sum(one.sums["killed"] for one in tallies) > limit:
                     raise UserError(
                         f"{jobs[told[JOB]].out}: more than {limit:.0f} rows killed their engine; see rejected/ there. "
@@ -163,7 +165,8 @@ def run(jobs: Sequence[Job], engine: EngineConfig, progress: Progress | None = N
         assert finished >= total, f"{total - finished} of {total} rows were never read"
     out = []
     for job, count, tally in zip(jobs, counts, tallies, strict=True):
-        facts = {"table": str(job.out), **count, **tally.summary(started)}
+        rejected = {row.id for row in job.shards.rejected()}
+        facts = {"table": str(job.out), **count, "rejected_total": len(rejected), **tally.summary(started)}
         job.shards.summarise(facts)
         out.append(facts)
     return out

@@ -2,7 +2,7 @@
 
 Several batches are under way at once, so that the engine never runs dry at the end of one. A batch whose earlier
 attempt ended with the engine's death is answered row by row; a row that then kills the engine again, alone, is
-given up with the reason, and the rest goes on.
+given up with the reason, and the rest goes on. An engine that was lost with its node is no row's fault.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference_work import Answers, Row, Work
@@ -26,6 +27,7 @@ from allo_ray.engines.base import Engine, EngineDied
 from allo_ray.engines.build import build_engine
 from allo_ray.errors import UserError
 from allo_ray.metrics import EngineMetrics
+from allo_ray.reach import alive_nodes
 
 #: Column of the input that tells which job a row belongs to.
 JOB = "_job"
@@ -60,6 +62,7 @@ class InferenceActor:
         self._turn = threading.Condition()
         self._users = 0
         self._alone = False
+        self._node = ray.get_runtime_context().get_node_id()
         self._metrics = EngineMetrics(self._engine.gauges)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -88,15 +91,16 @@ class InferenceActor:
         tokens = [0, 0]
         if good and not shards.has(name):
             answers: Answers | str = ""
-            if not shards.deaths(name):
+            if not shards.deaths(name, alive_nodes):
                 with self._using(assignment.model):
                     answers = self._attempt(assignment, name, good)
-            if isinstance(answers, Answers):
-                tokens = [answers.tokens_in, answers.tokens_out]
-                written[shards.file(name)] = [row["id"] for row in good]
-            else:
+            if isinstance(answers, str):
                 with self._using(assignment.model, alone=True):
-                    rejected.extend(self._one_by_one(assignment, good, tokens, written))
+                    answers = self._one_by_one(assignment, good, rejected, written)
+            tokens = [answers.tokens_in, answers.tokens_out]
+            if answers.rows:
+                answered = {row[assignment.work.key] for row in answers.rows}
+                written[shards.publish(name, answers.rows)] = sorted(answered)
             shards.end(name)
         self._metrics.batch(PurePosixPath(shards.url).parent.name, len(rows), *tokens)
         return {
@@ -111,55 +115,59 @@ class InferenceActor:
             "ended": time.time(),
             "ready": self._ready,
             "engine_seconds": self._engine.startup_seconds,
-            "actor": os.getpid(),
+            "actor": f"{self._node} {os.getpid()}",
             "cpu_seconds": time.process_time() - self._cpu_before,
             "private_bytes": private_bytes(),
             **self._engine.gauges(),
         }
 
     def _one_by_one(
-        self, assignment: Assignment, rows: Sequence[Row], tokens: list[int], written: dict[str, list[str]]
-    ) -> list[Rejected]:
-        """Answers rows that were in a batch that failed; returns those that fail alone too.
-
-        Adds to `tokens` and, for each file, to `written`.
-        """
-        shards, given_up = assignment.shards, []
+        self,
+        assignment: Assignment,
+        rows: Sequence[Row],
+        rejected: list[Rejected],
+        written: dict[str, list[str]],
+    ) -> Answers:
+        """Answers rows that were in a batch that failed; those that fail alone too go to `rejected` and `written`."""
+        shards, done = assignment.shards, Answers([], 0, 0)
         for row in rows:
             name = name_of(["alone", row["id"]])
-            if shards.has(name):
+            if (kept := shards.kept(name)) is not None:
+                done.rows.extend(kept)
                 continue
-            deaths = shards.deaths(name)
+            deaths = shards.deaths(name, alive_nodes)
             answers = "" if deaths else self._attempt(assignment, name, [row])
             if isinstance(answers, Answers):
-                tokens[0] += answers.tokens_in
-                tokens[1] += answers.tokens_out
-                written[shards.file(name)] = [row["id"]]
+                shards.keep(name, answers.rows)
                 shards.end(name)
+                done = Answers(
+                    done.rows + answers.rows,
+                    done.tokens_in + answers.tokens_in,
+                    done.tokens_out + answers.tokens_out,
+                )
             else:
                 kind, reason = (
                     ("killed", f"its engine died twice: {deaths[-1]}") if deaths else ("invalid", answers)
                 )
-                given_up.append(Rejected(row["id"], kind, reason))
+                rejected.append(Rejected(row["id"], kind, reason))
                 # Its attempts stay noted: should another row end this pass too, the next one knows of this row.
-                written[shards.reject(name, given_up[-1:])] = [row["id"]]
-        return given_up
+                written[shards.reject(name, rejected[-1:])] = [row["id"]]
+        return done
 
     def _attempt(self, assignment: Assignment, name: str, rows: Sequence[Row]) -> Answers | str:
-        """Answers and publishes rows; returns why not where the engine refuses one. Where it dies, so do we."""
-        assignment.shards.begin(name)
+        """Answers rows; returns why not where the engine refuses one. Where it dies, so do we."""
+        assignment.shards.begin(name, self._node)
         try:
-            answers = assignment.work.answer(self._engine, rows)
+            return assignment.work.answer(self._engine, rows)
         except UserError:
             raise
         except ValueError as error:
+            assignment.shards.end(name)
             return str(error)
         except (EngineDied, RuntimeError, MemoryError) as error:
             # What the engine holds is lost, perhaps its memory too: a fresh process takes over, and finds this note.
-            assignment.shards.blame(name, repr(error))
+            assignment.shards.blame(name, self._node, repr(error))
             os._exit(1)
-        assignment.shards.publish(name, answers.rows)
-        return answers
 
     @contextmanager
     def _using(self, model: str, alone: bool = False) -> Iterator[None]:

@@ -6,8 +6,10 @@
     rejected/*.jsonl   rows that were left out, each with its reason
     index/*.npz        which rows the files above answer, see `shard_index`
     attempts/*         batches under way; one that is still here when its batch comes again killed its engine
+    alone/*            answers of a batch that is done row by row, until its shard is complete
 
-A file appears whole or not at all: by rename on a local file system, by the store's own put elsewhere.
+Whatever happens to a batch within a run, its rows are published under its one name: none is there twice. A file
+appears whole or not at all: by rename on a local file system, by the store's own put elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -34,6 +36,8 @@ from allo_ray.errors import UserError
 from allo_ray.tables import Table
 
 _READERS = 16
+#: Attempts that ended with their node say nothing of their rows, unless so many nodes were lost over the same ones.
+LOST_NODES = 3
 #: Tells the attempts of this process from those of the processes before it.
 _PROCESS = uuid.uuid4().hex
 
@@ -88,9 +92,10 @@ class Shards:
         self._write("owner.json", json.dumps({"run": self.owner}).encode())
         self._write("params.json", json.dumps(dict(params), indent=1, sort_keys=True).encode())
         files, root = self._open()
-        if files.exists(f"{root}/attempts"):
-            # A run that was killed says nothing of its rows: only engines that die within this run count.
-            files.rm(f"{root}/attempts", recursive=True)
+        for folder in ("attempts", "alone"):
+            if files.exists(f"{root}/{folder}"):
+                # A run that was killed says nothing of its rows: only engines that die within this run count.
+                files.rm(f"{root}/{folder}", recursive=True)
         files.makedirs(f"{root}/attempts", exist_ok=True)
 
     def done(self) -> np.ndarray:
@@ -139,13 +144,21 @@ class Shards:
 
     def publish(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         """Writes a shard and returns its file's name. Raises Superseded where a newer run owns the folder."""
+        content = self._parquet(rows)
         found = self._read("owner.json")
         if found is None or json.loads(found)["run"] != self.owner:
             raise Superseded(f"{self.url}: another run has taken this folder over; this one stops")
-        buffer = io.BytesIO()
-        pq.write_table(self.table.build(rows), buffer, compression="zstd")
-        self._write(self.file(name), buffer.getvalue())
+        self._write(self.file(name), content)
         return self.file(name)
+
+    def keep(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keeps the answers to a part of a batch, for this run only."""
+        self._write(f"alone/{name}", self._parquet(rows))
+
+    def kept(self, name: str) -> list[dict[str, Any]] | None:
+        """The answers that were kept under `name`, None where there are none."""
+        found = self._read(f"alone/{name}")
+        return None if found is None else pq.read_table(io.BytesIO(found)).to_pylist()
 
     def file(self, name: str) -> str:
         """The file of the shard `name`."""
@@ -161,22 +174,30 @@ class Shards:
         """Writes `summary.json`."""
         self._write("summary.json", json.dumps(dict(facts), indent=1, sort_keys=True).encode())
 
-    def deaths(self, name: str) -> list[str]:
-        """Why the attempts on `name` that were begun and not ended came to nothing."""
+    def deaths(self, name: str, alive: Callable[[], Collection[str]]) -> list[str]:
+        """Why the attempts on `name` that were begun and not ended came to nothing.
+
+        Those that were lost with their node do not count, unless LOST_NODES were.
+
+        Args:
+            alive: gives the ids of the nodes that the cluster has now.
+        """
         files, root = self._open()
         told = []
         for path in sorted(files.glob(f"{root}/attempts/{name}.*")):
             with files.open(path, "rt") as file:
-                told.append(json.load(file)["reason"])
-        return told
+                told.append(json.load(file))
+        there = alive() if told else ()
+        stayed = [one["reason"] for one in told if one["node"] in there]
+        return [one["reason"] for one in told] if len(told) - len(stayed) >= LOST_NODES else stayed
 
-    def begin(self, name: str) -> None:
-        """Notes that work on `name` starts."""
-        self.blame(name, "its process died (killed, out of memory, or crashed)")
+    def begin(self, name: str, node: str) -> None:
+        """Notes that work on `name` starts, and at which node."""
+        self.blame(name, node, "its process died (killed, out of memory, or crashed)")
 
-    def blame(self, name: str, reason: str) -> None:
-        """Notes why the attempt on `name` that is under way is about to end."""
-        self._write(f"attempts/{name}.{_PROCESS}", json.dumps({"reason": reason}).encode())
+    def blame(self, name: str, node: str, reason: str) -> None:
+        """Notes why the attempt on `name` that is under way at a node is about to end."""
+        self._write(f"attempts/{name}.{_PROCESS}", json.dumps({"node": node, "reason": reason}).encode())
 
     def end(self, name: str) -> None:
         """Forgets the attempts on `name`: it is done."""
@@ -207,6 +228,11 @@ class Shards:
         with files.open(f"{root}/{name}", "rb") as file:
             ids = pq.read_table(file, columns=[self.key]).column(self.key)
         return Answered.of([name], [ids.unique().to_pylist()])
+
+    def _parquet(self, rows: Iterable[Mapping[str, Any]]) -> bytes:
+        buffer = io.BytesIO()
+        pq.write_table(self.table.build(rows), buffer, compression="zstd")
+        return buffer.getvalue()
 
     def _rejected(self, name: str) -> list[Rejected]:
         files, root = self._open()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _SUMMED = ("rejected", "killed", "tokens_in", "tokens_out")
+#: See `allo_ray.engines.base.Engine.gauges`.
+_GAUGES = ("running", "waiting", "cached_tokens", "prompt_tokens")
 
 
 @dataclass
@@ -21,8 +23,9 @@ class Tally:
     engine_seconds: float = 0.0
     peak_private_bytes: int = 0
     #: Actor -> CPU seconds that it has used so far.
-    cpu_seconds: dict[int, float] = field(default_factory=dict)
-    gauges: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    #: Actor -> what its engine was doing when it told of its last shard.
+    engines: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def add(self, told: Mapping[str, Any]) -> None:
         """Counts what an actor tells of one shard (see `InferenceActor`)."""
@@ -35,8 +38,8 @@ class Tally:
         self.peak_private_bytes = max(self.peak_private_bytes, told["private_bytes"])
         actor = told["actor"]
         self.cpu_seconds[actor] = max(told["cpu_seconds"], self.cpu_seconds.get(actor, 0.0))
-        share = told["cached_tokens"] / max(1, told["prompt_tokens"])
-        self.gauges = {"running": told["running"], "waiting": told["waiting"], "cached": share}
+        if told["ended"] >= self.engines.get(actor, told)["ended"]:
+            self.engines[actor] = {name: told[name] for name in ("ended", *_GAUGES)}
 
     def summary(self, called: float) -> dict[str, Any]:
         """The figures of `inference.run`, for a job called at `called`."""
@@ -56,7 +59,7 @@ class Tally:
             "peak_private_bytes": self.peak_private_bytes,
             "tokens_in_per_second": self.sums["tokens_in"] / max(seconds, 1e-3),
             "tokens_out_per_second": self.sums["tokens_out"] / max(seconds, 1e-3),
-            "cached": self.gauges["cached"],
+            "cached": _cached(self.engines.values()),
         }
 
 
@@ -67,3 +70,25 @@ def rates(tallies: Sequence[Tally]) -> dict[str, float]:
         f"{name}_per_second": sum(one.sums[name] for one in tallies) / max(seconds, 1e-3)
         for name in ("tokens_in", "tokens_out")
     }
+
+
+def gauges(tallies: Sequence[Tally], actors: int) -> dict[str, float]:
+    """What all engines together are doing: requests running and waiting, share of the prompt tokens found in the cache.
+
+    Args:
+        actors: the most that are alive at a time; of those that told something the newest count.
+    """
+    newest: dict[str, Mapping[str, Any]] = {}
+    for actor, told in sorted(
+        (item for one in tallies for item in one.engines.items()), key=lambda item: item[1]["ended"]
+    ):
+        newest.pop(actor, None)
+        newest[actor] = told
+    alive = list(newest.values())[-actors:]
+    sums = {name: sum(told[name] for told in alive) for name in ("running", "waiting")}
+    return sums | {"cached": _cached(newest.values())}
+
+
+def _cached(engines: Iterable[Mapping[str, Any]]) -> float:
+    told = list(engines)
+    return sum(one["cached_tokens"] for one in told) / max(1, sum(one["prompt_tokens"] for one in told))

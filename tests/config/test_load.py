@@ -56,6 +56,7 @@ def test_overrides_reach_nested_keys_and_read_exponents_without_a_dot() -> None:
         ("baselines={a: {loss: ppo, lr: 1e-6}, b: {loss: ppo3, lr: 1e-6}}", "baselines.b.loss"),
         ("learn", "--set learn.k=0.1"),
         ("data.template=hello", "{prompt}"),
+        ("engine.pool={num_gpus: 2, tensor_parallel: 4}", "Set num_gpus: 4"),
         ("evaluate.suites=[{name: transfer, label: kl}]", "no suite may be called kl"),
     ],
 )

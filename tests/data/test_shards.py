@@ -68,19 +68,42 @@ def test_nothing_half_written_is_read(tmp_path: Path) -> None:
     assert tables.TOKEN_SCORES.files(tmp_path) == []
 
 
+def here() -> set[str]:
+    return {"n1", "n2"}
+
+
 def test_attempts_are_counted_until_they_end(tmp_path: Path) -> None:
     shards = folder(tmp_path)
     shards.claim({})
-    assert shards.deaths("batch") == []
-    shards.begin("batch")
-    assert "died" in shards.deaths("batch")[0]
-    shards.blame("batch", "MemoryError()")
-    assert shards.deaths("batch") == ["MemoryError()"]
+    assert shards.deaths("batch", here) == []
+    shards.begin("batch", "n1")
+    assert "died" in shards.deaths("batch", here)[0]
+    shards.blame("batch", "n1", "MemoryError()")
+    assert shards.deaths("batch", here) == ["MemoryError()"]
     shards.end("batch")
-    assert shards.deaths("batch") == []
-    shards.begin("batch")
+    assert shards.deaths("batch", here) == []
+    shards.begin("batch", "n1")
+    shards.keep("row", rows("a"))
+    assert [row["id"] for row in shards.kept("row") or []] == ["a"]
+    assert len(shards.done()) == 0, "what is kept is not published"
     folder(tmp_path).claim({})
-    assert shards.deaths("batch") == [], "a killed run says nothing of its rows"
+    assert shards.deaths("batch", here) == [], "a killed run says nothing of its rows"
+    assert shards.kept("row") is None
+
+
+def test_attempts_that_were_lost_with_their_node_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes were taken away and one engine died at a node that stayed; a third lost node makes all four count."""
+    shards = folder(tmp_path)
+    shards.claim({})
+    for number, node in enumerate(["gone1", "n2", "gone2"]):
+        monkeypatch.setattr("allo_ray.data.shards._PROCESS", f"process{number}")
+        shards.blame("batch", node, f"died at {node}")
+    assert shards.deaths("batch", here) == ["died at n2"]
+    monkeypatch.setattr("allo_ray.data.shards._PROCESS", "process3")
+    shards.blame("batch", "gone3", "died at gone3")
+    assert len(shards.deaths("batch", here)) == 4
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])

@@ -139,14 +139,15 @@ def test_what_is_not_there_is_named(job: str, refused: Refused, tiny_llama: Path
 
 
 def test_rules_are_counted_and_other_settings_refused(
-    refused: Refused, tiny_llama: Path, tmp_path: Path
+    refused: Refused, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One real run with an over-long prompt, one of special tokens, a repeated one and one too long for the engine;
-    then its folder is asked for other things."""
+    """One real run, to a URL, with an over-long prompt, one of special tokens, a repeated one and one too long for
+    the engine; then its folder is asked for other things."""
+    monkeypatch.setenv("ALLO_RAY_CACHE", str(tmp_path / "cache"))
     rows: list[Any] = [{"prompt": f"{i} + 1"} for i in range(57)]
     rows += [{"prompt": "long " * 600}, {"prompt": "<bos><eos>"}, rows[0], {"prompt": "ab " * 60}]
     data = {"path": lines(tmp_path / "x.jsonl", rows), "max_prompt_tokens": 200, "max_dropped": 0.1}
-    told = {"out": str(tmp_path / "out"), "data": data, "sample": {"n": 1, "max_tokens": 2}}
+    told = {"out": f"file://{tmp_path}/out", "data": data, "sample": {"n": 1, "max_tokens": 2}}
     config = config_file(tmp_path / "first.yaml", tiny_llama, told)
     done = subprocess.run(
         [sys.executable, "-m", "jobs.sample", "--config", config], capture_output=True, text=True, check=False
@@ -158,8 +159,12 @@ def test_rules_are_counted_and_other_settings_refused(
     reasons = [row["reason"] for row in tables.DROPS.read(tmp_path / "out" / "drops.parquet").to_pylist()]
     assert [reason.split(" ")[0] for reason in reasons[1:]] == ["it", "the"]
 
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    (tmp_path / "out" / "run.log").unlink()
+    def files() -> dict[Path, int]:
+        found = [path for folder in ("out", "cache") for path in (tmp_path / folder).rglob("*")]
+        return {path: path.stat().st_mtime_ns for path in found if path.is_file()}
+
+    before = files()
+    assert {path.name for path in before} >= {"drops.parquet", "prompts.parquet", "summary.json", "run.log"}
     other = lines(tmp_path / "y.jsonl", rows[:50])
     for change, difference in (
         ({"sample": {"n": 3, "max_tokens": 2}}, "work.n: 1 there, 3 asked for"),
@@ -168,7 +173,4 @@ def test_rules_are_counted_and_other_settings_refused(
         ({"seed": 3}, "work.seed: 17 there, 3 asked for"),
     ):
         assert difference in refused("sample", told | change)
-    del before[tmp_path / "out" / "run.log"]
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()
-    }
+    assert files() == before

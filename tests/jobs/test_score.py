@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -17,6 +19,7 @@ from allo_ray.data.align_tokens import carry_over
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.errors import UserError
 from allo_ray.models import tiny_model
+from allo_ray.store import local_path
 
 
 @pytest.fixture
@@ -35,16 +38,25 @@ def policy(tmp_path: Path) -> Path:
 
 
 def test_scores_are_carried_over_to_the_policys_tokens(
-    policy: Path, tiny_llama: Path, tmp_path: Path
+    policy: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every byte of the response takes the probability of the scoring model's token that holds it."""
+    """Every byte of the response takes the probability of the scoring model's token that holds it.
+
+    `out` is a URL whose folder was there before, with other scores: what was fetched then must not count now.
+    """
+    monkeypatch.setenv("ALLO_RAY_CACHE", str(tmp_path / "cache"))
+    out = f"file://{tmp_path}/out"
+    tables.TOKEN_SCORES.write([{"id": "0", "p_re": [0.5]}], tmp_path / "out" / "scores" / "old.parquet")
+    local_path(f"{out}/scores")
+    shutil.rmtree(tmp_path / "out")
+
     answers = [" The answer is 42", " The café 你", "17"]
     rows = tmp_path / "rows.jsonl"
     lines = [{"name": str(at), "context": "17 + 25 =", "response": text} for at, text in enumerate(answers)]
     lines.append(lines[0])  # the same row again is scored once
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tmp_path / "score.yaml"
-    told = {"out": str(tmp_path / "out"), "rows": str(rows), "columns": {"id": "name"}}
+    told = {"out": out, "rows": str(rows), "columns": {"id": "name"}}
     told |= {"model": {"path": str(tiny_llama)}, "policy": {"path": str(policy)}}
     told["engine"] = {"kind": "transformers", "dtype": "float32", "max_model_len": 256}
     config.write_text(yaml.safe_dump(told))
@@ -55,6 +67,7 @@ def test_scores_are_carried_over_to_the_policys_tokens(
     assert summary["input"] == {"rows": 4, "repeated": 1}
     assert summary["rows"] == 3
     assert summary["carried"] == {"rows": 4, "unscored": 0}
+    assert len(pq.read_table(tmp_path / "out" / "rows.parquet")) == 4
 
     raw = {
         row["id"]: row["p_re"] for row in tables.TOKEN_SCORES.read(tmp_path / "out" / "scores").to_pylist()

@@ -1,0 +1,164 @@
+"""Batch jobs on vLLM give equal results whatever the batches, actors and deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from allo_ray.data.inference import Job, run
+from allo_ray.data.inference_work import Answers, SampleWork
+from allo_ray.engines.base import Engine, Sampling
+from tests.data.inference_jobs import PROMPTS, SAMPLING, engine, prompts, samples
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@dataclass(frozen=True)
+class Mortal(SampleWork):
+    """Sampling whose process dies, as if by kill -9, whenever it meets certain prompts."""
+
+    poison: tuple[str, ...] = ()
+
+    def answer(self, engine: Engine, rows: Any) -> Answers:
+        if any(row["id"] in self.poison for row in rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answer(engine, rows)
+
+
+@dataclass(frozen=True)
+class Patient(SampleWork):
+    """Its batches wait until so many processes work on the job (at most two minutes)."""
+
+    marks: str = ""
+    processes: int = 1
+
+    def answer(self, engine: Engine, rows: Any) -> Answers:
+        (Path(self.marks) / str(os.getpid())).touch()
+        patience = time.monotonic() + 120
+        while len(list(Path(self.marks).iterdir())) < self.processes and time.monotonic() < patience:
+            time.sleep(0.1)
+        return super().answer(engine, rows)
+
+
+def sampling(model: Path | str, out: Path, processes: int = 1) -> Job:
+    """Two samples of every prompt."""
+    (out / "marks").mkdir(parents=True, exist_ok=True)
+    work = Patient(SAMPLING, 2, 3, marks=str(out / "marks"), processes=processes)
+    return Job(prompts(), str(model), work, str(out / "samples"), "m")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: None, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """vLLM, batches of 64, one actor: what every other run must equal.
+
+    The second sample of a prompt of L tokens finds all its whole blocks in the cache but the one of its last token:
+    32 ((L - 1) // 32) tokens.
+    """
+    out = tmp_path_factory.mktemp("undisturbed")
+    facts = run([sampling(tiny_qwen, out)], engine("vllm", 64))[0]
+    rows = samples(out / "samples")
+    assert facts["rows"] == PROMPTS
+    assert facts["tokens_out"] == sum(len(row["response_ids"]) for row in rows)
+    assert [(row["prompt_id"], row["index"]) for row in rows] == [
+        (f"p{i:03d}", k) for i in range(PROMPTS) for k in (0, 1)
+    ]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert facts["cached"] > 0
+    return rows
+
+
+class Seen:
+    """Remembers what a job tells while it runs."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, dict[str, Any]]] = []
+
+    def update(self, done: int, total: int, unit: str, **facts: Any) -> None:
+        self.told.append((done, total, facts))
+
+
+@pytest.mark.parametrize(("batch", "actors"), [(1, 1), (7, 2), (64, 2)])
+def test_batches_and_actors_change_nothing(
+    batch: int, actors: int, undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """Beside one actor and batches of 64. All actors take part, and tell what the engines do."""
+    config, seen = engine("vllm", batch, actors=actors, batches_in_flight=1), Seen()
+    facts = run([sampling(tiny_qwen, tmp_path, actors)], config, seen)[0]
+    assert samples(tmp_path / "samples") == undisturbed
+    assert facts["actors"] == actors
+    assert len(list(tmp_path.glob("samples/*.parquet"))) >= PROMPTS / max(1, batch // 2)
+    done, total, told = seen.told[-1]
+    assert done == total == PROMPTS
+    assert set(told) == {"running", "waiting", "cached", "tokens_in_per_second", "tokens_out_per_second"}
+
+
+DRIVER = """
+    import os, signal, sys
+    from pathlib import Path
+    import ray
+    sys.path.insert(0, {root!r})
+    from tests.data.inference_jobs import engine
+    from tests.data.test_equal_results import sampling
+    from allo_ray.data.inference import run
+
+    class DieAfterFirst:
+        def update(self, done, total, unit, **facts):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    config = engine("vllm", 2, batches_in_flight=1)
+    run([sampling({model!r}, Path({out!r}))], config, DieAfterFirst())
+"""
+
+
+def test_killed_driver_resumes(undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver after its first batch of one prompt; a second run with other batches does the rest."""
+    root = str(Path(__file__).parents[2])
+    script = textwrap.dedent(DRIVER.format(root=root, model=str(tiny_qwen), out=str(tmp_path)))
+    killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    there = len(samples(tmp_path / "samples"))
+    assert 2 <= there < len(undisturbed)
+    facts = run([sampling(tiny_qwen, tmp_path)], engine("vllm", 64))[0]
+    assert facts["skipped"] * 2 >= there, "what was there is not done again"
+    assert samples(tmp_path / "samples") == undisturbed
+
+
+def test_a_poison_row_is_given_up_and_the_rest_goes_on(
+    undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """A row kills every vLLM engine that meets it, with another batch under way beside it: it alone is given up.
+
+    All others are answered as if nothing had been; a second run leaves the row given up.
+    """
+    job = Job(prompts(12), str(tiny_qwen), Mortal(SAMPLING, 2, 3, poison=("p002",)), str(tmp_path), "m")
+    facts = run([job], engine("vllm", 8))[0]
+    assert facts["killed"] == facts["rejected"] == facts["rejected_total"] == 1
+    [given_up] = job.shards.rejected()
+    assert (given_up.id, given_up.kind) == ("p002", "killed")
+    assert "died" in given_up.reason
+    rest = [f"p{i:03d}" for i in range(12) if i != 2]
+    assert samples(tmp_path) == [row for row in undisturbed if row["prompt_id"] in rest]
+    again = run([job], engine("vllm", 8))[0]
+    assert (again["skipped"], again["rejected"], again["rejected_total"]) == (12, 0, 1)
+
+
+def test_an_actor_joins_while_the_job_runs(ray_cluster: None, tiny_qwen: Path, tmp_path: Path) -> None:
+    """A pool of one to two actors: batches queue up at the first, so a second is started and takes its share."""
+    (tmp_path / "marks").mkdir()
+    work = Patient(Sampling(temperature=0, max_tokens=2), 1, 0, marks=str(tmp_path / "marks"), processes=2)
+    job = Job(prompts(24), str(tiny_qwen), work, str(tmp_path / "out"))
+    assert run([job], engine(batch=2, actors=(1, 2)))[0]["actors"] == 2
+    assert len(samples(tmp_path / "out")) == 24
