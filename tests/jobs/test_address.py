@@ -41,7 +41,7 @@ def test_a_dead_address_is_told_at_once(refused: Refused, job: str) -> None:
 
 @pytest.mark.parametrize("job", ["align", "tune"])
 def test_a_wrong_token_is_told_as_one(refused: Refused, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray raises is of a class of its own; on a real cluster: tests/cluster/test_submit.py."""
+    """What Ray raises for it is of a class of its own, and no ConnectionError."""
 
     def init(**_: object) -> None:
         raise AuthenticationError("InvalidAuthToken: authentication token is invalid")
