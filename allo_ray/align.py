@@ -7,11 +7,12 @@ import time
 from rich.console import Console
 
 from allo_ray import estimate, method, pipeline, preflight, results, track
-from allo_ray.capacity import cluster_nodes, needs, room
+from allo_ray.capacity import needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.run import RunConfig
 from allo_ray.data.sources import check_source
 from allo_ray.models import neurons_of
+from allo_ray.nodes import cluster_nodes
 from allo_ray.reach import check_store
 from allo_ray.report.content import Comparison, ModelScores
 from allo_ray.report.terminal import Progress, closing
@@ -46,7 +47,7 @@ def align(config: RunConfig) -> Run:
         track.opened(config, log.parent, terminal.print) as trackers,
         cluster(config.cluster, gpus),
     ):
-        parallel = min(config.cluster.parallel_stages, room(needs(config), cluster_nodes()))
+        parallel = min(config.cluster.parallel_stages, room(needs(config), cluster_nodes(config.cluster)))
         check_store(store)
         with Progress(terminal) as lines:
             done = pipeline.run(config, nodes, store, lines, parallel, trackers.steps)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from allo_ray.config.base import bounds
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
+from allo_ray.nodes import Bundle
 
-Bundle = Mapping[str, float]
-
+GIB = 1 << 30
 #: The task that reads rows for a stage.
 READER: Bundle = {"CPU": 1.0}
 
@@ -29,16 +29,22 @@ class Need:
 
     @property
     def words(self) -> str:
-        """Such as "3 CPUs and 2 GPUs"."""
-        return _words({name: sum(one.get(name, 0) for one in self.bundles) for name in ("CPU", "GPU")})
+        """Such as "3 CPUs and 2 GPUs and 1 GiB of memory"."""
+        return _words(self.amounts, list(self.amounts))
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """The sum of all bundles; CPUs and GPUs first, also where there are none."""
+        names = dict.fromkeys(["CPU", "GPU", *(name for bundle in self.bundles for name in bundle)])
+        return {name: sum(bundle.get(name, 0) for bundle in self.bundles) for name in names}
 
 
 def needs(config: RunConfig, *own: Bundle) -> list[Need]:
     """What training takes, and what sampling and evaluation take; and what the process takes that runs the stage."""
     trainer, pool = config.trainer, config.engine.pool
     workers, actors = (bounds(trainer.workers)[0], bounds(pool.actors)[0])
-    worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)}
-    actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)}
+    worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)} | trainer.resources
+    actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)} | pool.resources
     return [
         Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own)),
         Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own)),
@@ -49,31 +55,40 @@ def room(needed: Sequence[Need], nodes: Sequence[Bundle], what: str = "one stage
     """How often `what` fits side by side on nodes with these resources, whichever of `needed` each of them takes.
 
     Raises:
-        UserError: not even one does; says what it needs and what there is.
+        UserError: not even one does; says what it needs, what there is, and what is short.
     """
     counts = [_copies(need.bundles, nodes) for need in needed]
     for need, count in zip(needed, counts, strict=True):
         if count == 0:
-            there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-            largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
-            raise UserError(
-                f"{what} needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
-                f"{_words(there)} on {len(nodes)} node(s), the largest with {_words(largest)}. Lower "
-                f"{need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
-                "cluster.num_cpus)."
-            )
+            raise _too_small(need, nodes, what)
     return min(counts)
 
 
-def cluster_nodes() -> list[Bundle]:
-    """Resources of the nodes of the cluster; where it grows by itself, one that stands for all it may have."""
-    import ray
-    from ray._private.state import state
-
-    most = state.get_max_resources_from_cluster_config()
-    if most:
-        return [{name: float(amount) for name, amount in most.items()}]
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _too_small(need: Need, nodes: Sequence[Bundle], what: str) -> UserError:
+    names = list(need.amounts)
+    there = {name: sum(node.get(name, 0) for node in nodes) for name in names}
+    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in names}
+    short = [
+        name
+        for name in names
+        if need.amounts[name] > there[name] or max(one.get(name, 0) for one in need.bundles) > largest[name]
+    ]
+    group = need.settings.partition(".workers")[0].partition(".actors")[0]
+    if short == ["memory"]:
+        remedy = "Start nodes with more memory (`ray start --memory`), or a larger cluster (cluster.address)."
+    elif short and not {"CPU", "GPU"} & set(short):
+        remedy = f"Start nodes that offer more of it (`ray start --resources`), or lower {group}.resources."
+    else:
+        remedy = (
+            f"Lower {need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
+            "cluster.num_cpus)."
+        )
+    return UserError(
+        f"{what} needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
+        f"{_words(there, names)} on {len(nodes)} node(s), the largest with {_words(largest, names)}: too little "
+        f"{' and '.join(short) or 'on any one node'}. {remedy} A cluster that grows by itself is listed in "
+        "cluster.nodes."
+    )
 
 
 def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
@@ -95,5 +110,8 @@ def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
         copies += 1
 
 
-def _words(amounts: Mapping[str, float]) -> str:
-    return " and ".join(f"{amounts.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+def _words(amounts: Mapping[str, float], names: Sequence[str]) -> str:
+    units = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
+    return " and ".join(
+        f"{amounts[name] / (GIB if name == 'memory' else 1):.4g} {units.get(name, name)}" for name in names
+    )

@@ -67,10 +67,15 @@ def examine(folder: Path) -> list[Finding]:
         return list(pool.map(lambda check: check(), checks))
 
 
+def supported(python: tuple[int, ...]) -> bool:
+    """Whether allo_ray runs on this (major, minor) version of Python."""
+    return (3, 11) <= python < (3, 14)
+
+
 def check_python() -> Finding:
     """Python 3.11 to 3.13 on Linux."""
     detail = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if not (3, 11) <= sys.version_info < (3, 14):
+    if not supported(sys.version_info[:2]):
         return Finding(
             "Python", "block", detail, "Install Python 3.11, 3.12 or 3.13 and run `make clean setup`."
         )

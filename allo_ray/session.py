@@ -10,15 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from allo_ray.config.run import ClusterConfig
+from allo_ray.doctor import listening
 from allo_ray.errors import UserError
 
 #: Logical CPUs of a local cluster beyond the real ones: readers and writers that feed trainers and engines need
 #: some, and a cluster whose CPUs all belong to consumers waits for ever without a word.
 SPARE_CPUS = 4
+
+#: What is said of a cluster, after its name, that refuses this client.
+TOKEN_WANTED = (
+    "asks for a token, and there is none here or another one: put the cluster's token into RAY_AUTH_TOKEN, or into a "
+    "file named by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+)
 
 #: Set before torch, vLLM and DeepSpeed are imported anywhere in the cluster.
 ENVIRONMENT = {
@@ -91,17 +99,38 @@ def start_local(**options: Any) -> None:
                 raise
 
 
+def _check_listening(address: str, named: str) -> None:
+    """Raises UserError where no connection is taken: Ray itself tries for a minute, and then tells of its own parts."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise UserError(f"{named}: {error}. Write it as HOST:6379.") from None
+    if host and port and not listening(host, port, timeout=5):
+        raise UserError(
+            f"{named}: nothing answers there. Is the cluster up, and does `ray status --address` answer? `auto` finds "
+            "the cluster that runs on this machine; without an address one is started here."
+        )
+
+
 @contextmanager
 def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
     """Joins the cluster that `config` or the environment names, or starts one on this machine for the time.
 
     Raises:
-        UserError: nothing answers at the address, or the cluster has no accelerator where the config asks for one.
+        UserError: nothing answers at the address, the token is missing or another one, or the cluster has no
+            accelerator where the config asks for one.
     """
     quiet()
     import ray
+    from ray.exceptions import AuthenticationError
 
     address = config.address or os.environ.get("RAY_ADDRESS")
+    named = (
+        f"{'cluster.address' if config.address else 'RAY_ADDRESS'} {address}" if address else "local cluster"
+    )
+    if address:
+        _check_listening(address, named)
     try:
         if address:
             # Inside a submitted job its own runtime environment stays; without this Ray refuses names that both set.
@@ -113,9 +142,11 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
         else:
             cpus = config.num_cpus or (os.cpu_count() or 1) + SPARE_CPUS
             start_local(num_cpus=cpus, logging_level=logging.ERROR)
+    except AuthenticationError:
+        raise UserError(f"{named} {TOKEN_WANTED}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"cluster.address {address}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a "
+            f"{named}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a "
             "cluster with token authentication needs RAY_AUTH_MODE=token and the token."
         ) from None
     try:

@@ -100,6 +100,20 @@ def hand_over(made: Iterable[Path], out: str) -> None:
             files.put_file(str(file), target)
 
 
+class _Watch:
+    """Since when a lease has looked as it looks now, by the clock of the one who waits: hosts' clocks may differ."""
+
+    def __init__(self) -> None:
+        self._told: Mapping[str, Any] | None = None
+        self._since = 0.0
+
+    def unchanged(self, told: Mapping[str, Any]) -> float:
+        """Seconds since `told` was first seen here; 0 where it is another than the last time."""
+        if told != self._told:
+            self._told, self._since = told, time.monotonic()
+        return time.monotonic() - self._since
+
+
 class Store:
     """A folder, or a URL that fsspec opens, holding artifacts."""
 
@@ -155,11 +169,12 @@ class Store:
     def lease(self, stage: str, key: str) -> Iterator[None]:
         """Held by the one process that computes `key`; others wait here until it is done or has died.
 
-        The holder renews a heartbeat; a lease without one for 30 s is taken over.
+        The holder renews a heartbeat; a lease in which a waiter saw none for 30 s, by its own clock, is taken over.
         """
         path = f"{self.root}/.leases/{stage}-{key}.json"
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        while not self._take(path, owner):
+        watch = _Watch()
+        while not self._take(path, owner, watch):
             time.sleep(1.0)
         done = threading.Event()
 
@@ -186,9 +201,9 @@ class Store:
         """Free disk of a local store, None elsewhere."""
         return shutil.disk_usage(self.root).free if self.local else None
 
-    def _take(self, path: str, owner: str) -> bool:
+    def _take(self, path: str, owner: str, watch: _Watch) -> bool:
         told = self._read_lease(path)
-        if told is not None and not self._expired(told):
+        if told is not None and not self._expired(told, watch):
             return False
         if told is None and self.local:
             try:
@@ -201,10 +216,10 @@ class Store:
         time.sleep(SETTLE_SECONDS)
         return self._holder(path) == owner
 
-    def _expired(self, told: Mapping[str, Any]) -> bool:
+    def _expired(self, told: Mapping[str, Any], watch: _Watch) -> bool:
         if told["host"] == socket.gethostname() and not _runs(told["pid"]):
             return True
-        return time.time() - told["time"] > LEASE_SECONDS
+        return watch.unchanged(told) > LEASE_SECONDS
 
     def _holder(self, path: str) -> str | None:
         told = self._read_lease(path)
@@ -217,13 +232,12 @@ class Store:
         except FileNotFoundError:
             return None
         except json.JSONDecodeError:  # just being written, or by one that died over it
-            written = self.files.modified(self._strip(path)).timestamp()
-            return {"owner": "", "host": "", "pid": 0, "time": written}
+            return {"owner": "", "host": "", "pid": 0}
 
     def _write_lease(self, path: str, owner: str, new: bool = False) -> None:
-        text = json.dumps(
-            {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        )
+        # The time is there to be another at each beat.
+        told = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        text = json.dumps(told)
         if self.local and not new:
             part = Path(f"{path}.{owner}")
             part.write_text(text)

@@ -25,8 +25,9 @@ import yaml
 from allo_ray.config.jobs import EvalJob, SampleJob, ScoreJob
 from allo_ray.config.load import load, load_as
 from allo_ray.config.tune import load_campaign
-from allo_ray.doctor import listening
+from allo_ray.doctor import listening, supported
 from allo_ray.errors import UserError
+from allo_ray.session import TOKEN_WANTED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -46,7 +47,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     A token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token is sent along unless RAY_AUTH_MODE says no.
 
     Raises:
-        UserError: no address; nothing answers; no or a wrong token; another Ray version than here.
+        UserError: no address; nothing answers; no or a wrong token; another Ray version than here; a Python version
+            for which allo_ray is not made.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
@@ -79,10 +81,7 @@ def connect(address: str | None) -> JobSubmissionClient:
             client._server_ray_version
         )  # asked for when the client was made; get_version() is the API's own
     except AuthenticationError:
-        raise UserError(
-            f"{address} asks for a token, and there is none here or another one: put the cluster's token into "
-            "RAY_AUTH_TOKEN, or into a file named by RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
-        ) from None
+        raise UserError(f"{address} {TOKEN_WANTED}") from None
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"--address {address}: no Ray dashboard answers ({str(error).splitlines()[0]})"
@@ -92,7 +91,22 @@ def connect(address: str | None) -> JobSubmissionClient:
             f"{address} runs Ray {version}, this environment has {ray.__version__}. Use a cluster image built from "
             f"this checkout (cluster/Dockerfile.*), or `pip install ray=={version}` here."
         )
+    python = python_of(client)
+    if python is not None and not supported(tuple(int(part) for part in python.split(".")[:2])):
+        raise UserError(
+            f"{address} runs Python {python}; allo_ray needs 3.11 to 3.13. Use an image built from this checkout "
+            "(cluster/Dockerfile.*)."
+        )
     return client
+
+
+def python_of(client: JobSubmissionClient) -> str | None:
+    """The cluster's Python version, None where it does not tell. It may be another than here: jobs run there alone."""
+    try:
+        answer = client._do_request("GET", "/api/v0/cluster_metadata")
+        return str(answer.json()["data"]["pythonVersion"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def package(folder: Path) -> dict[str, Any]:

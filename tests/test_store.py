@@ -11,13 +11,15 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from allo_ray import store as stores
 from allo_ray.errors import UserError
-from allo_ray.store import LEASE_SECONDS, Store, local_path
+from allo_ray.store import LEASE_SECONDS, Store, _Watch, local_path
 
 TOLD = {"facts": {"rows": 3}, "seconds": 1.5, "startup_seconds": 0.5}
 
@@ -116,14 +118,42 @@ def test_the_lease_of_a_process_that_nobody_waited_for_is_taken_over(tmp_path: P
     zombie.wait()
 
 
-def test_a_lease_whose_holder_died_over_writing_it_is_taken_over(tmp_path: Path) -> None:
-    store, lease = Store(str(tmp_path)), tmp_path / ".leases" / "x-k.json"
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of the process that waits; tests set its `now`."""
+    told = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: told.now, time=time.time, sleep=lambda seconds: None)
+    monkeypatch.setattr(stores, "time", fake)
+    return told
+
+
+def test_a_lease_whose_holder_died_over_writing_it_is_taken_over(
+    tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    store, lease, watch = Store(str(tmp_path)), tmp_path / ".leases" / "x-k.json", _Watch()
     lease.parent.mkdir()
     lease.touch()
-    assert not store._take(str(lease), "me"), "it may be written just now"
-    long_ago = time.time() - LEASE_SECONDS - 1
-    os.utime(lease, (long_ago, long_ago))
-    assert store._take(str(lease), "me")
+    assert not store._take(str(lease), "me", watch), "it may be written just now"
+    clock.now += LEASE_SECONDS + 1
+    assert store._take(str(lease), "me", watch)
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_another_hosts_lease_lasts_as_long_as_it_beats_whatever_the_clock_there_says(
+    tmp_path: Path, clock: SimpleNamespace, ahead: float
+) -> None:
+    """Beats 29 s apart by the waiter's clock keep it, by a clock an hour ahead or behind; 31 s without one lose it."""
+    store, lease, watch = Store(str(tmp_path)), tmp_path / ".leases" / "x-k.json", _Watch()
+    lease.parent.mkdir()
+    for beat in range(4):
+        told = {"owner": "other", "host": "elsewhere", "pid": 1, "time": time.time() + ahead + 29 * beat}
+        lease.write_text(json.dumps(told))
+        assert not store._take(str(lease), "me", watch)
+        clock.now += LEASE_SECONDS - 1
+    assert not store._take(str(lease), "me", watch)
+    clock.now += 2
+    assert store._take(str(lease), "me", watch)
+    assert store._holder(str(lease)) == "me"
 
 
 @pytest.mark.parametrize("url", ["{tmp}/store", "memory://leases-{name}"])
@@ -136,15 +166,14 @@ def test_of_all_who_see_that_a_lease_has_expired_one_gets_it(url: str, tmp_path:
     with store.files.open(path, "wt") as file:
         file.write(json.dumps(gone))
     together = threading.Barrier(8)
-    expired = store._expired
 
-    def seen_by_all(told: Mapping[str, Any]) -> bool:
+    def seen_by_all(told: Mapping[str, Any], watch: _Watch) -> bool:
         together.wait(20)
-        return expired(told)
+        return True
 
     store._expired = seen_by_all
     with ThreadPoolExecutor(8) as pool:
-        took = list(pool.map(lambda number: store._take(path, f"owner-{number}"), range(8)))
+        took = list(pool.map(lambda number: store._take(path, f"owner-{number}", _Watch()), range(8)))
     assert took.count(True) == 1
     assert store._holder(path) == f"owner-{took.index(True)}"
 

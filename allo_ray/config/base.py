@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["bfloat16", "float32"]
 #: A number of processes, or (fewest, most) where it follows the cluster.
 Count = int | tuple[int, int]
+
+_BYTES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+
+
+def _bytes(told: Any) -> Any:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i)?", told) if isinstance(told, str) else None
+    return told if match is None else float(match[1]) * _BYTES[match[2] or ""]
+
+
+def _custom(told: dict[str, float]) -> dict[str, float]:
+    for name in told:
+        if name in _RAYS_OWN:
+            raise ValueError(f"{name} is one of Ray's own resources: use the field for it, such as num_cpus")
+    return told
+
+
+#: A number of bytes; as a text also as Kubernetes writes it, such as 96Gi.
+Bytes = Annotated[float, BeforeValidator(_bytes), Field(ge=0)]
+#: Amounts of Ray's custom resources, by name.
+Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_custom)]
 
 
 def bounds(count: Count) -> tuple[int, int]:
@@ -40,16 +62,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     #: True where the section says only how fast and where something runs, not what comes out.
-    resources: ClassVar[bool] = False
+    runtime: ClassVar[bool] = False
 
 
 def semantic(section: BaseModel) -> dict[str, Any]:
-    """The part of a section that decides the result: everything but `resources` sections. Enters cache keys."""
+    """The part of a section that decides the result: everything but `runtime` sections. Enters cache keys."""
     out: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Section):
-            if not value.resources:
+            if not value.runtime:
                 out[name] = semantic(value)
         elif isinstance(value, (list, tuple)):
             out[name] = [semantic(item) if isinstance(item, BaseModel) else item for item in value]

@@ -6,18 +6,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Count, Dtype, PositiveFraction, Section, cpu_dtype
+from allo_ray.config.base import Count, Dtype, PositiveFraction, Resources, Section, cpu_dtype
 
 
 class EngineResources(Section):
     """Where engines run and how much they take; changes no result."""
 
-    resources = True
+    runtime = True
 
     #: Actors, or (fewest, most) for a pool that follows the cluster.
     actors: Count = 1
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
+    #: What an actor takes beside these: {sampler: 1} keeps it to nodes that offer it (cluster/kuberay).
+    resources: Resources = Field(default_factory=dict)
     #: Threads of one actor on the CPU; by default what num_cpus says.
     threads: int | None = Field(default=None, ge=1)
     #: GPUs of one actor that share a model's weights.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
-from allo_ray.config.base import Section
+from allo_ray.config.base import Bytes, Resources, Section
 from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
 from allo_ray.config.engine import EngineConfig, JudgeConfig, SampleConfig, SamplingConfig, TeacherConfig
 from allo_ray.config.model import ModelConfig
@@ -38,15 +38,31 @@ class EvaluateConfig(Section):
         return self
 
 
+class NodeType(Section):
+    """A kind of node of a cluster that grows by itself, and what one such node offers."""
+
+    #: Nodes of this kind at most.
+    count: int = Field(ge=0)
+    num_cpus: float = Field(ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    #: Bytes, or a text such as 96Gi.
+    memory: Bytes = 0
+    #: What it offers beside these, such as {trainer: 1}.
+    resources: Resources = Field(default_factory=dict)
+
+
 class ClusterConfig(Section):
     """The Ray cluster: an address, or a cluster of this machine's own."""
 
-    resources = True
+    runtime = True
 
     #: "auto" or an address joins a running cluster; null starts a local one (inside a Ray job: joins its cluster).
     address: str | None = None
     #: Logical CPUs of a local cluster; by default the real ones and four for the tasks that feed them.
     num_cpus: int | None = Field(default=None, ge=1)
+    #: What a cluster that grows by itself may grow to, beside its head. By default what ALLO_RAY_NODES says where the
+    #: driver runs (the files in cluster/ set it), else the nodes that live now.
+    nodes: tuple[NodeType, ...] = ()
     #: Stages that do not need each other run side by side, up to this many.
     parallel_stages: int = Field(default=2, ge=1)
 

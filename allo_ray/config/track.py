@@ -48,7 +48,7 @@ class WandbConfig(Section):
 class TrackConfig(Section):
     """Trackers that are told the config, every step of every trained stage, and the final scores."""
 
-    resources = True
+    runtime = True
 
     tensorboard: TensorBoardConfig | None = None
     mlflow: MlflowConfig | None = None

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from allo_ray.config.base import Count, Dtype, Fraction, PositiveFraction, Section, cpu_dtype
+from allo_ray.config.base import Count, Dtype, Fraction, PositiveFraction, Resources, Section, cpu_dtype
 from allo_ray.config.data import DataConfig
 
 
 class TrainerConfig(Section):
     """Where training runs; the result depends on it only by the order of float sums."""
 
-    resources = True
+    runtime = True
 
     #: Workers, or (fewest, most) for training that follows the cluster.
     workers: Count = 1
@@ -22,6 +22,10 @@ class TrainerConfig(Section):
     resize_seconds: float = Field(default=60, gt=0)
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
+    #: What a worker takes beside these: {trainer: 1} keeps it to nodes that offer it (cluster/kuberay).
+    resources: Resources = Field(default_factory=dict)
+    #: "pack": workers on as few nodes as hold them, where gradients travel least. "spread": over as many as there are.
+    placement: Literal["pack", "spread"] = "pack"
     threads: int | None = Field(default=None, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False

@@ -212,6 +212,7 @@ def _stream(
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus or None,
+        resources=pool.resources or None,
         runtime_env={"env_vars": engine_environment(engine)},
     )
     done.context.enable_progress_bars = False

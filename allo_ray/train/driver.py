@@ -145,7 +145,9 @@ def _fit(job: TrainJob, out: Path, steps: int) -> None:
             resources_per_worker={
                 "CPU": job.trainer.num_cpus,
                 **({"GPU": job.trainer.num_gpus} if gpu else {}),
+                **job.trainer.resources,
             },
+            placement_strategy=job.trainer.placement.upper(),
         ),
         run_config=RunConfig(
             name=RUN,

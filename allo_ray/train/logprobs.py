@@ -83,6 +83,7 @@ def compute_logprobs(
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=trainer.num_cpus,
         num_gpus=trainer.num_gpus or None,
+        resources=trainer.resources or None,
     )
     shards.context.execution_options.preserve_order = True
     shards.context.enable_progress_bars = False

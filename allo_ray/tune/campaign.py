@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from allo_ray import align, estimate, method, pipeline, results, track
-from allo_ray.capacity import cluster_nodes, needs, room
+from allo_ray.capacity import needs, room
 from allo_ray.config.load import dump
 from allo_ray.config.space import Value
 from allo_ray.config.track import TrackConfig
 from allo_ray.config.tune import Campaign
 from allo_ray.errors import UserError
 from allo_ray.models import neurons_of
+from allo_ray.nodes import cluster_nodes
 from allo_ray.reach import check_folder, check_store
 from allo_ray.report.campaign_figures import worded
 from allo_ray.report.terminal import Progress
@@ -106,7 +107,8 @@ def search(
     # Trials may run in another folder and on other nodes: the store's path is the same everywhere.
     placed = Campaign(config, campaign.base.model_copy(update={"store": store.root}))
     local = placed.base.cluster.address is None and "RAY_ADDRESS" not in os.environ
-    at_once = concurrency(placed.base, config.concurrent, cluster_nodes(), local)
+    nodes = cluster_nodes(placed.base.cluster)
+    at_once = concurrency(placed.base, config.concurrent, nodes, local)
     check_store(store)
     if placed.base.track != TrackConfig():
         check_folder(
@@ -115,7 +117,7 @@ def search(
         )
     run = placed.run(_first(campaign))
     part = shared_part(graph(run), store, keys)
-    parallel = min(run.cluster.parallel_stages, room(needs(run), cluster_nodes()))
+    parallel = min(run.cluster.parallel_stages, room(needs(run), nodes))
     with track.opened(
         placed.base.model_copy(update={"name": config.name}), records.folder, lines.say
     ) as trackers:

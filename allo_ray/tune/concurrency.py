@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import psutil
 
 from allo_ray import estimate
-from allo_ray.capacity import READER, Bundle, needs, room
+from allo_ray.capacity import READER, needs, room
 from allo_ray.config.run import RunConfig
 from allo_ray.models import neurons_of
+from allo_ray.nodes import Bundle
 
 #: Set aside for the process of a trial itself: interpreter, torch, Ray. A generous guess.
 TRIAL: Bundle = {"memory": float(1 << 30)}

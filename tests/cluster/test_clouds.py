@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+
+from allo_ray import submit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +25,27 @@ def test_the_launcher_accepts_it(name: str) -> None:
     assert config["available_node_types"]["head"]["resources"]["CPU"] == 0
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         assert "RAY_AUTH_MODE=token ray start" in " ".join(commands)
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_its_nodes_share_what_a_run_writes(name: str, tmp_path: Path) -> None:
+    """Every machine mounts one, its container sees it, and store and runs of the file's own example lie there."""
+    text = (ROOT / "cluster" / name).read_text()
+    config = yaml.safe_load(text)
+    assert config["initialization_commands"][-1].endswith(" /shared")
+    assert "-v /shared:/shared" in config["docker"]["run_options"]
+    assert config["setup_commands"] == [], "Ray's default would look for another Ray"
+    for command in (*config["initialization_commands"], *config["head_start_ray_commands"]):
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+    [example] = re.findall(r"-- align --config \.\.\. ((?:.|\n)*?/runs)\n", text)
+    settings = example.replace("\\\n#", " ").split()
+    report = submit.check_command(["align", "--config", "qa", *settings], tmp_path)
+    assert report == "/shared/runs/qa/report.html"
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh"])
+def test_a_script_is_valid_shell(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "cluster" / script)], check=True)
 
 
 @pytest.mark.parametrize("build", ["cpu", "gpu"])

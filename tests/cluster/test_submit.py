@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import ray
 from rich.console import Console
 
 from allo_ray import submit
@@ -50,28 +53,47 @@ def test_the_client_port_is_not_the_dashboard() -> None:
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """Answers every request as a dashboard of Ray 2.9 would answer the question for its version."""
+    """Answers as a dashboard that runs in these versions."""
+
+    ray, python = "2.9.0", "3.11.2"
 
     def do_GET(self) -> None:
-        body = b'{"version": "4", "ray_version": "2.9.0", "ray_commit": "x"}'
+        told: dict[str, object] = {"version": "4", "ray_version": self.ray, "ray_commit": "x"}
+        if self.path == "/api/v0/cluster_metadata":
+            told = {"result": True, "data": {"rayVersion": self.ray, "pythonVersion": self.python}}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(json.dumps(told).encode())
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
-def test_another_ray_version_is_refused() -> None:
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
+    """dashboard(ray, python): address of a dashboard that says so."""
     server = HTTPServer(("127.0.0.1", 0), Dashboard)
     Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.raises(UserError, match=r"runs Ray 2\.9\.0, this environment has"):
-            submit.connect(f"127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
+
+    def answer(ray: str, python: str) -> str:
+        monkeypatch.setattr(Dashboard, "ray", ray)
+        monkeypatch.setattr(Dashboard, "python", python)
+        return f"127.0.0.1:{server.server_port}"
+
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+def test_versions_that_do_not_go_together_are_refused(dashboard: Callable[[str, str], str]) -> None:
+    """Ray's has to be the same; Python's, in which the job runs there alone, one that allo_ray is made for."""
+    with pytest.raises(UserError, match=r"runs Ray 2\.9\.0, this environment has"):
+        submit.connect(dashboard("2.9.0", "3.11.2"))
+    for python in ("3.9.18", "3.14.0"):
+        with pytest.raises(UserError, match=rf"runs Python {python}; allo_ray needs 3\.11 to 3\.13"):
+            submit.connect(dashboard(ray.__version__, python))
+    assert submit.python_of(submit.connect(dashboard(ray.__version__, "3.12.1"))) == "3.12.1"
 
 
 def test_a_heavy_working_directory_is_refused_with_its_largest_file(tmp_path: Path) -> None:

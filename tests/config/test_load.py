@@ -93,6 +93,7 @@ def test_resources_decide_no_key() -> None:
     """More workers and actors change no result, so they change no cache key; a learning rate does."""
     base = semantic(load("qa"))
     assert semantic(load("qa", ["trainer.workers=2", "engine.pool.actors=3", "cluster.num_cpus=9"])) == base
+    assert semantic(load("qa", ["trainer.resources.trainer=1", "trainer.placement=spread"])) == base
     assert semantic(load("qa", ["learn.lr=1e-3"])) != base
 
 

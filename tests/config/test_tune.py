@@ -92,6 +92,10 @@ def test_drawn_numbers_are_short_and_inside_the_bounds() -> None:
         ({"searcher": "grid", "space": {"k1": "grid(0.1, 0.2)"}, "trials": 3}, "has 2 combinations"),
         ({"objective": {"metric": "kl", "suite": "QASC"}}, "kl has no suite"),
         ({"objective": {}}, "needs the title"),
+        (
+            {"objective": {"suite": "QASC", "metric": "f1"}},
+            r"objective\.metric: .*'accuracy', 'low', 'high' or 'kl' \(found 'f1'\)",
+        ),
         ({"constraints": [{"metric": "kl"}]}, "below"),
         ({"scheduler": "asha", "keep": 1}, "stops nothing"),
         ({"scheduler": "asha", "second": {"metric": "kl"}}, "one objective"),

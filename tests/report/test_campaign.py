@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -98,6 +99,29 @@ def test_every_trial_is_listed_with_its_numbers() -> None:
     assert "extends: quickstart" in text
     assert f"Trial {data.best}: accuracy" in text
     assert "start model 44.0 %" in text
+
+
+def test_the_search_and_each_parameter_are_drawn() -> None:
+    """32 trials, one of them failed: 31 threads; a bar and a panel with 31 dots for each parameter."""
+    data = campaign()
+    text = render_campaign(data).replace(NBSP, " ")
+    part = {
+        found[1]: found[2] for found in re.finditer(r'<section id="(\w+)">(.*?)</section>', text, re.DOTALL)
+    }
+    threads = re.findall(r'<path d="[^"]*" class="thread[^"]*"><title>trial (\d+)', part["space"])
+    assert sorted(map(int, threads)) == [trial.number for trial in data.trials if trial.metrics]
+    for name, share in data.importance.items():
+        assert f'<th scope="row">{name}</th>' in part["parameters"]
+        assert f"<td>{100 * share:.0f}.0 %</td>" in part["parameters"]
+    panels = re.split(r'<div class="panel">', part["parameters"])[1:]
+    titles = [re.search(r"<b>(.*?)</b>", panel)[1] for panel in panels]  # pyright: ignore[reportOptionalSubscript]
+    assert titles == ["forget.k", "learn.k", "forget.u", "learn.v", "locate.order"]
+    assert [panel.count("<circle") for panel in panels] == [31] * 5
+
+
+def test_the_page_loads_nothing_from_anywhere() -> None:
+    text = render_campaign(campaign())
+    assert not re.search(r"url\(|@import|https?://|<script|<link|\ssrc=", text)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans()), max_size=20))

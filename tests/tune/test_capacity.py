@@ -46,6 +46,8 @@ def node(cpus: float, gpus: float = 0, memory: float = 64 * GIB) -> dict[str, fl
         (config(trainer__num_gpus=0.5), [node(64, 2)], 4),
         (config(), [node(0), node(4), node(4)], 4),
         (config(), [node(64, memory=3 * GIB)], 3),
+        (config(trainer__resources="{trainer: 1}"), [node(64) | {"trainer": 2}, node(64)], 2),
+        (config(engine__pool__resources="{sampler: 0.5}"), [node(64) | {"sampler": 2}], 4),
     ],
 )
 def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: list, fit: int) -> None:
@@ -57,13 +59,33 @@ def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: lis
     ("run", "nodes", "said"),
     [
         (config(trainer__workers=8), [node(6)], "needs 9 CPUs .*trainer.workers 8.* has 6 CPUs .* on 1 node"),
-        (config(engine__pool__num_gpus=1), [node(64)], r"needs 2 CPUs and 1 GPUs \(engine.pool.actors 1"),
+        (
+            config(engine__pool__num_gpus=1),
+            [node(64)],
+            r"needs 2 CPUs and 1 GPUs and 1 GiB of memory \(engine.pool.actors 1.*: too little GPU\. Lower engine",
+        ),
         (
             config(trainer__num_cpus=8),
             [node(6), node(6)],
             "has 12 CPUs .* on 2 node.s., the largest with 6 CPUs",
         ),
         (config(), [], "on 0 node"),
+        (
+            config(),
+            [node(64, memory=GIB / 2)] * 4,
+            r"has 256 CPUs and 0 GPUs and 2 GiB of memory on 4 node.s., the largest with 64 CPUs and 0 GPUs and "
+            r"0.5 GiB of memory: too little memory\. Start nodes with more memory",
+        ),
+        (
+            config(trainer__resources="{trainer: 2}"),
+            [node(64) | {"trainer": 1}],
+            r"needs 2 CPUs and 0 GPUs and 2 trainer and 1 GiB .*: too little trainer\. .*lower trainer\.resources",
+        ),
+        (
+            config(trainer__num_cpus=3, trainer__workers=2),
+            [node(5), node(2)],
+            r"needs 7 CPUs .* has 7 CPUs .*: too little on any one node\. Lower trainer\.workers",
+        ),
     ],
 )
 def test_a_cluster_too_small_for_one_trial_is_told_with_both_numbers(

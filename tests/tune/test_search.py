@@ -72,6 +72,23 @@ def test_tpe_goes_where_it_was_good_and_is_repeatable() -> None:
     assert sum(distance < 0.25 for distance in late) >= 16
 
 
+def test_tpe_with_two_objectives_goes_after_both() -> None:
+    """KL falls towards a = 0.2, and less is better; accuracy rises towards b = 0.8. By chance 9 of 20 lie near each."""
+    told = config(
+        space={"a": "uniform(0, 1)", "b": "uniform(0, 1)"},
+        objective={"metric": "kl", "goal": "minimise"},
+        second={"suite": "s"},
+    )
+    records: list[Record] = []
+    for number in range(60):
+        values = suggest(told, records, number)
+        a, b = (float(values[name]) for name in "ab")
+        records.append(finished(number, values, accuracy=1 - abs(b - 0.8), kl=abs(a - 0.2)))
+    late = [record.values for record in records[40:]]
+    assert sum(abs(float(values["a"]) - 0.2) < 0.25 for values in late) >= 14
+    assert sum(abs(float(values["b"]) - 0.8) < 0.25 for values in late) >= 14
+
+
 def test_tpe_keeps_to_constraints() -> None:
     """The best of v lies where KL is too large; late trials stay on the allowed side."""
     told = config(space={"v": "uniform(0, 1)"}, constraints=[{"metric": "kl", "below": 0.5}])
