@@ -49,8 +49,8 @@ class RankedFiles:
         """Writes the index beside the shards."""
         tensors: dict[str, Tensor] = {}
         for one in self.counted:
-            tensors[f"{one.name}.bins"] = torch.from_numpy(one.bins)
-            tensors[f"{one.name}.counts"] = torch.from_numpy(one.counts)
+            tensors[f"{one.name}.bins"] = torch.tensor(one.bins)
+            tensors[f"{one.name}.counts"] = torch.tensor(one.counts)
         told = [[one.name, list(one.shape), self.shards[one.name]] for one in self.counted]
         header = {"format": FORMAT, "version": VERSION, "base": self.base, "tensors": json.dumps(told)}
         save_file(tensors, folder / INDEX, metadata=header)
