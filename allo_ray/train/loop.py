@@ -91,7 +91,7 @@ def run(
 
     Args:
         batches: global batches, the first being number `progress.step`, with all rows, also other workers'.
-        add_up: adds a float64 vector over the workers, in place.
+        add_up: adds a float64 tensor over the workers, in place.
         on_step: called after each step.
         save: called every `plan.checkpoint_every` steps, not after the last.
 
@@ -104,14 +104,12 @@ def run(
         lr = learning_rate(plan.config, progress.step, plan.steps)
         if packed is None:
             progress.skipped += 1
-            row = dict.fromkeys(("loss", "grad_norm", *REPORTED)) | {"tokens": 0}
+            row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", *REPORTED)) | {"tokens": 0}
         else:
             row = _step(updater, plan, rows, packed, lr, progress.step, add_up)
         seconds = time.monotonic() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        progress.metrics.append(
-            {"step": progress.step, "lr": lr, **row, "seconds": seconds, "peak_rss": peak}
-        )
+        speed = {"seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+        progress.metrics.append({"step": progress.step, "lr": lr, **row, **speed, **_peaks(plan, add_up)})
         progress.step += 1
         on_step(progress)
         if (
@@ -211,6 +209,18 @@ def _count(sums: torch.Tensor, output: LossOutput, part: Packed) -> None:
             total, number = output.metrics[name]
             sums[5 + 2 * at] += float(total)
             sums[6 + 2 * at] += float(number)
+
+
+def _peaks(plan: Plan, add_up: Callable[[torch.Tensor], None]) -> dict[str, int | None]:
+    """The most memory that any worker has held so far, bytes."""
+    gpu = plan.device.type == "cuda"
+    # A sum over the workers in which each has columns of its own: the maximum without another kind of call.
+    held = torch.zeros(2, plan.workers, dtype=torch.float64)
+    held[0, plan.worker] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held[1, plan.worker] = torch.cuda.max_memory_allocated(plan.device) if gpu else 0
+    add_up(held)
+    rss, allocated = held.amax(1).tolist()
+    return {"peak_rss": int(rss), "peak_gpu": int(allocated) if gpu else None}
 
 
 def _blame(part: Packed, policy: torch.Tensor, side: Side) -> list[str]:
