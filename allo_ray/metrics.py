@@ -39,7 +39,7 @@ class TrainMetrics:
     def step(self, row: Mapping[str, Any]) -> None:
         """Takes a row of METRICS; what its method does not have stays as it is."""
         self._step.set(row["step"] + 1, self._tags)
-        self._rate.set(row["tokens"] / row["seconds"], self._tags)
+        self._rate.set(row["tokens_per_second"], self._tags)
         for name, gauge in self._of_row.items():
             gauge.set(row[name], self._tags)
 

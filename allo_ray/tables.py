@@ -162,7 +162,8 @@ KEPT = _table("kept", id=_TEXT, q=_FLOATS, logratio=_FLOATS)
 EVALS = _table(
     "evals", suite=_TEXT, id=_TEXT, prompt=_TEXT, response=_TEXT, answer=_TEXT, reference=_TEXT, correct=_FLAG
 )
-#: One optimiser step; what a method does not have is null.
+#: One optimiser step; what a method does not have is null. Tokens are those of all workers. Peaks are bytes, the most
+#: that any worker has held so far: resident in main memory, and allocated on its GPU (null without one).
 METRICS = _table(
     "metrics",
     step=_INT,
@@ -176,7 +177,9 @@ METRICS = _table(
     kept=_REAL,
     tokens=_LONG,
     seconds=_REAL,
+    tokens_per_second=_REAL,
     peak_rss=_LONG,
+    peak_gpu=_LONG,
 )
 #: A row that a rule removed, and why.
 DROPS = _table("drops", source=_TEXT, row=_LONG, field=_TEXT, reason=_TEXT, excerpt=_TEXT)

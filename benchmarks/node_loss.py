@@ -50,7 +50,7 @@ SETTINGS = (
     *(f"{stage}.batch_size=4" for stage in ("warmup", "forget", "learn")),
 )
 #: Columns and files that tell times and memory, or who did the work, never a result.
-MEASURED = ("seconds", "peak_rss")
+MEASURED = ("seconds", "tokens_per_second", "peak_rss", "peak_gpu")
 #: Log-probs of an engine depend by as much on what else is in its batch; after a loss that is something else.
 ENGINE_ROUNDING = 1e-5
 PATIENCE_SECONDS = 1200.0

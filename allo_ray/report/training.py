@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 import pyarrow as pa
 
@@ -52,8 +53,12 @@ def _stage(stage: str, metrics: pa.Table) -> Markup:
         facts.append(f"{count(int(sum(tokens)))} tokens")
     if found := known(loss):
         facts.append(f"loss {figure(found[0])} → {figure(found[-1])}")
+    if speed := known(values(metrics, "tokens_per_second")):
+        facts.append(f"{count(round(median(speed)))} tokens/s")
     if peak := known(values(metrics, "peak_rss")):
         facts.append(f"peak memory {amount(max(peak))}")
+    if peak := known(values(metrics, "peak_gpu")):
+        facts.append(f"on the GPU {amount(max(peak))}")
     starts_equal = bool(found) and abs(found[0] - LN2) < 0.02
     charts = (
         ("loss", [Line("loss", loss, "s1")], (LN2, "ln 2") if starts_equal else None, False),

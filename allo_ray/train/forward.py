@@ -29,7 +29,7 @@ class _HeadLogProbs(torch.autograd.Function):
 
     hidden [U, E], weight [V, E], bias [V] or None, targets [U] -> [U] float32. Softmax is float32. The probabilities
     are kept in the weight's dtype as long as they fit into `KEPT_BYTES`; beyond that the backward pass computes them
-    again.
+    again, of the states to which a gradient comes.
     """
 
     @staticmethod
@@ -63,31 +63,45 @@ class _HeadLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, *kept = ctx.saved_tensors
         upstream = gradients[0]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_hidden = torch.zeros_like(hidden) if for_hidden else None
         grad_weight = grad_bias = None
+        # States without a gradient are left out of the products: those of tokens that the loss drops (q = 0), and of
+        # tokens that both responses of a pair begin with, where it cancels out. On a GPU the host waits here for the
+        # forward pass, once a micro-batch; that is less than the products of the states left out.
+        alive = (upstream != 0).cpu()
         for number, start in enumerate(range(0, hidden.shape[0], ctx.chunk)):
-            part = slice(start, start + ctx.chunk)
-            if number < len(kept):
-                slope = kept[number] * -upstream[part, None].to(weight.dtype)
+            part = alive[start : start + ctx.chunk]
+            found = part.nonzero()[:, 0]
+            if len(found) == 0:
+                continue
+            if len(found) == len(part):
+                within, rows = slice(None), slice(start, start + ctx.chunk)
             else:
-                logits = functional.linear(hidden[part], weight, bias)
-                slope = (
-                    torch.softmax(logits, -1, dtype=torch.float32)
-                    .mul_(-upstream[part, None])
-                    .to(weight.dtype)
-                )
+                within = found.to(hidden.device)
+                rows = within + start
+            states, gradient = hidden[rows], upstream[rows, None]
+            if number < len(kept):
+                slope = kept[number][within] * -gradient.to(weight.dtype)
+            else:
+                logits = functional.linear(states, weight, bias)
+                slope = torch.softmax(logits, -1, dtype=torch.float32).mul_(-gradient).to(weight.dtype)
             # d log p[target] / d logits = onehot(target) - p
-            slope.scatter_add_(1, targets[part, None], upstream[part, None].to(slope.dtype))
+            slope.scatter_add_(1, targets[rows, None], gradient.to(slope.dtype))
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
+                grad_hidden[rows] = slope @ weight
             if for_weight:
                 if grad_weight is None:
-                    grad_weight = slope.t() @ hidden[part]
+                    grad_weight = slope.t() @ states
                 else:
-                    grad_weight.addmm_(slope.t(), hidden[part])
+                    grad_weight.addmm_(slope.t(), states)
             if for_bias:
                 share = slope.sum(0)
                 grad_bias = share if grad_bias is None else grad_bias.add_(share)
+        # Zeros where nothing has a gradient: with None a worker would leave out its part of ZeRO's collective calls.
+        if for_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        if for_bias and grad_bias is None:
+            grad_bias = torch.zeros_like(bias)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 

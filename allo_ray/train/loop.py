@@ -91,7 +91,7 @@ def run(
 
     Args:
         batches: global batches, the first being number `progress.step`, with all rows, also other workers'.
-        add_up: adds a float64 vector over the workers, in place.
+        add_up: adds a float64 tensor over the workers, in place.
         on_step: called after each step.
         save: called every `plan.checkpoint_every` steps, not after the last.
 
@@ -104,14 +104,12 @@ def run(
         lr = learning_rate(plan.config, progress.step, plan.steps)
         if packed is None:
             progress.skipped += 1
-            row = dict.fromkeys(("loss", "grad_norm", *REPORTED)) | {"tokens": 0}
+            row: dict[str, Any] = dict.fromkeys(("loss", "grad_norm", *REPORTED)) | {"tokens": 0}
         else:
             row = _step(updater, plan, rows, packed, lr, progress.step, add_up)
         seconds = time.monotonic() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        progress.metrics.append(
-            {"step": progress.step, "lr": lr, **row, "seconds": seconds, "peak_rss": peak}
-        )
+        speed = {"seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+        progress.metrics.append({"step": progress.step, "lr": lr, **row, **speed, **_peaks(plan, add_up)})
         progress.step += 1
         on_step(progress)
         if (
@@ -131,9 +129,13 @@ def _prepared(
         if not any(row.weighted(plan.side) for row in rows):
             yield rows, None
             continue
-        mine = micro_batches(rows, plan.side, plan.workers, plan.worker, plan.micro_batch_tokens)
-        # A worker without rows still takes part in the collective calls, with a row whose loss counts nothing.
-        yield rows, [pack(part, plan.side) if part else None for part in mine]
+        yield rows, _share(rows, plan, plan.micro_batch_tokens)
+
+
+def _share(rows: list[Row], plan: Plan, budget: int) -> list[Packed | None]:
+    """This worker's micro-batches of a global batch; None in the place of one without rows."""
+    mine = micro_batches(rows, plan.side, plan.workers, plan.worker, budget)
+    return [pack(part, plan.side) if part else None for part in mine]
 
 
 def _step(
@@ -145,9 +147,37 @@ def _step(
     step: int,
     add_up: Callable[[torch.Tensor], None],
 ) -> dict[str, Any]:
-    spec = LOSSES[plan.loss]
     sums = torch.zeros(5 + 2 * len(REPORTED), dtype=torch.float64)
     broken: list[str] = []
+    for part, policy, output in _passes(updater, plan, rows, parts, step):
+        if not math.isfinite(output.sum.item()):
+            broken += _blame(part, policy, plan.side)
+            sums[4] = 1
+        _count(sums, output, part)
+    add_up(sums)
+    loss_sum, count, tokens, read, failed = sums[:5].tolist()
+    if failed:
+        raise UserError(_not_finite("loss", step, _of_all_workers(broken, rows, add_up), lr))
+    divisor = count if plan.config.normalize == "instances" else tokens
+    norm = updater.update(divisor, lr)
+    if not math.isfinite(norm):
+        broken = _broken_gradients(updater, plan, rows, step)
+        raise UserError(_not_finite("gradient", step, _of_all_workers(broken, rows, add_up), lr))
+    means = {
+        name: total / number if number else None
+        for name, total, number in zip(REPORTED, sums[5::2].tolist(), sums[6::2].tolist(), strict=True)
+    }
+    return {"loss": loss_sum / divisor, "grad_norm": norm, **means, "tokens": int(read)}
+
+
+def _passes(
+    updater: Updater, plan: Plan, rows: list[Row], parts: list[Packed | None], step: int
+) -> Iterator[tuple[Packed, torch.Tensor, LossOutput]]:
+    """Forward and backward of each micro-batch; gives it, its log-probs [R] and its loss after both.
+
+    The backward pass takes place whatever the loss is, and a worker without rows takes part with a row whose loss
+    counts nothing, which is not given: the other workers wait in the collective calls.
+    """
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         if part is None:
@@ -156,36 +186,16 @@ def _step(
             continue
         part = part.to(plan.device)
         policy = updater.forward(part)
-        output = spec.function(_inputs(part, policy), **plan.arguments(step))
-        if not math.isfinite(output.sum.item()):
-            broken += _blame(part, policy, plan.side)
-            sums[4] = 1
-            # The backward pass still takes place: the other workers wait in its collective calls.
+        inputs = LossInputs(
+            policy=policy,
+            reference=part.reference,
+            weight=part.weight,
+            sequence=part.sequence,
+            sequences=part.sequences,
+        )
+        output = LOSSES[plan.loss].function(inputs, **plan.arguments(step))
         updater.backward(output.sum, last)
-        _count(sums, output, part)
-    add_up(sums)
-    loss_sum, count, tokens, read, failed = sums[:5].tolist()
-    if failed:
-        raise UserError(_not_finite("loss", step, broken or [row.id for row in rows], lr))
-    divisor = count if plan.config.normalize == "instances" else tokens
-    norm = updater.update(divisor, lr)
-    if not math.isfinite(norm):
-        raise UserError(_not_finite("gradient", step, [row.id for row in rows], lr))
-    means = {
-        name: total / number if number else None
-        for name, total, number in zip(REPORTED, sums[5::2].tolist(), sums[6::2].tolist(), strict=True)
-    }
-    return {"loss": loss_sum / divisor, "grad_norm": norm, **means, "tokens": int(read)}
-
-
-def _inputs(part: Packed, policy: torch.Tensor) -> LossInputs:
-    return LossInputs(
-        policy=policy,
-        reference=part.reference,
-        weight=part.weight,
-        sequence=part.sequence,
-        sequences=part.sequences,
-    )
+        yield part, policy, output
 
 
 def _count(sums: torch.Tensor, output: LossOutput, part: Packed) -> None:
@@ -201,12 +211,56 @@ def _count(sums: torch.Tensor, output: LossOutput, part: Packed) -> None:
             sums[6 + 2 * at] += float(number)
 
 
+def _peaks(plan: Plan, add_up: Callable[[torch.Tensor], None]) -> dict[str, int | None]:
+    """The most memory that any worker has held so far, bytes."""
+    gpu = plan.device.type == "cuda"
+    # A sum over the workers in which each has columns of its own: the maximum without another kind of call.
+    held = torch.zeros(2, plan.workers, dtype=torch.float64)
+    held[0, plan.worker] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held[1, plan.worker] = torch.cuda.max_memory_allocated(plan.device) if gpu else 0
+    add_up(held)
+    rss, allocated = held.amax(1).tolist()
+    return {"peak_rss": int(rss), "peak_gpu": int(allocated) if gpu else None}
+
+
 def _blame(part: Packed, policy: torch.Tensor, side: Side) -> list[str]:
     """Ids of the rows whose log-probs or references are not finite; all of them if it is none of these."""
     bad = ~(policy.detach().isfinite() & part.reference.isfinite() & part.weight.isfinite())
     numbers = part.sequence[bad].unique().tolist()
     found = sorted({number // 2 if side == "pair" else number for number in numbers})
     return [part.ids[at] for at in found] or list(part.ids)
+
+
+def _broken_gradients(updater: Updater, plan: Plan, rows: list[Row], step: int) -> list[str]:
+    """Ids of this worker's rows whose own gradient is not finite: each row goes through the model alone.
+
+    Every worker has to call it. The values stay, and what is looked at is not added up.
+    """
+    norms: list[torch.Tensor] = []
+
+    def look(gradient: torch.Tensor) -> torch.Tensor:
+        norms.append(torch.linalg.vector_norm(gradient))
+        return torch.zeros_like(gradient)
+
+    # These hooks see the worker's own gradient, before ZeRO sums and shards it.
+    hooks = [values.register_hook(look) for values in updater.neurons.parameters()]
+    broken: list[str] = []
+    rows = [row for row in rows if row.weighted(plan.side)]
+    for part, _, _ in _passes(updater, plan, rows, _share(rows, plan, budget=1), step):
+        if not torch.stack(norms).isfinite().all():
+            broken += part.ids
+        norms.clear()
+    for hook in hooks:
+        hook.remove()
+    return broken
+
+
+def _of_all_workers(ids: list[str], rows: list[Row], add_up: Callable[[torch.Tensor], None]) -> list[str]:
+    """The ids that any worker found, in the order of the global batch, which all workers know; all where none did."""
+    found = torch.tensor([row.id in ids for row in rows], dtype=torch.float64)
+    add_up(found)
+    named = [row.id for row, times in zip(rows, found.tolist(), strict=True) if times]
+    return named or [row.id for row in rows]
 
 
 def _not_finite(what: str, step: int, ids: list[str], lr: float) -> str:

@@ -131,7 +131,7 @@ def _resume(updater: Updater, run_folder: Path) -> checkpoint.Progress:
 
 
 def _add_up(device: torch.device):
-    """Sums a float64 vector over the workers."""
+    """Sums a float64 tensor over the workers."""
 
     def add_up(sums: torch.Tensor) -> None:
         if torch.distributed.get_world_size() > 1:
@@ -179,7 +179,7 @@ class _Reporter:
             "done": progress.step,
             "pid": os.getpid(),
             "loss": last["loss"],
-            "tokens_per_second": last["tokens"] / last["seconds"],
+            "tokens_per_second": last["tokens_per_second"],
         }
         waiting = self.out / (HEARTBEAT + ".new")
         waiting.write_text(json.dumps(told))

@@ -28,7 +28,7 @@ def metrics(
         noise = rng.normal(0, 0.03) if step else 0.0
         row: dict[str, Any] = dict.fromkeys(tables.METRICS.schema.names)
         row |= {"step": step + 1, "lr": 1e-5, "grad_norm": 2.0 + noise}
-        row |= {"tokens": 1843, "seconds": 2.1, "peak_rss": 2_100_000_000}
+        row |= {"tokens": 1843, "seconds": 2.1, "tokens_per_second": 1843 / 2.1, "peak_rss": 2_100_000_000}
         if paired:
             row |= {
                 "loss": 0.693147 - 0.33 * done + noise,

@@ -71,6 +71,7 @@ def test_the_numbers_shown_are_the_numbers_given(build_run: Build) -> None:
         assert f"{rows:,}" in text
     assert data.kept_by_u is not None
     assert f"u = 0.95 keeps {100 * data.kept_by_u:.1f} % of 10,100 tokens" in text
+    assert "878 tokens/s" in text
     # 790.9 s without the stage that came from the store.
     assert "ran 13 min 11 s" in text
     assert "from the store" in text

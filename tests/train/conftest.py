@@ -37,6 +37,19 @@ def random_rows(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def overflowing(row: Row) -> Row:
+    """A row with references of the start model, whose loss under beta 100 is finite and whose gradient is not.
+
+    The first rejected token gets the log-ratio 0.01 and the weight 1e38: the loss is 100 * 1e38 * 0.01 = 1e38, its
+    slope 100 * 1e38 = 1e40, and float32 ends at 3.4e38.
+    """
+    weight = np.ones(len(row.rejected), dtype=np.float32)
+    weight[0] = 1e38
+    reference = row.rejected_reference.copy()
+    reference[0] -= 0.01
+    return replace(row, rejected_reference=reference, rejected_weight=weight)
+
+
 def tenth(model: torch.nn.Module, seed: int = 1) -> Selection:
     """A random tenth of every tensor's neurons."""
     generator = torch.Generator().manual_seed(seed)

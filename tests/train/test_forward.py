@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from allo_ray.losses.base import LossInputs
+from allo_ray.losses.dpo import dpo
+from allo_ray.train import forward
 from allo_ray.train.batching import pack
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.rows import Row
 
+#: Log-probs [R] -> the scalar whose gradient is compared.
+Objective = Callable[[torch.Tensor], torch.Tensor]
+VOCABULARY = 384
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+@dataclass(frozen=True)
+class Result:
+    loss: torch.Tensor
+    answers: torch.Tensor
+    gradients: dict[str, torch.Tensor]
 
 
-def separate_logprobs(folder: Path, rows: list[Row], slopes: torch.Tensor) -> tuple[torch.Tensor, dict]:
-    """transformers' own forward, one sequence at a time, full logits; gradients of (log-probs * slopes).sum()."""
+def result(model: torch.nn.Module, answers: torch.Tensor, objective: Objective) -> Result:
+    loss = objective(answers)
+    loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return Result(loss.detach(), answers.detach(), found)
+
+
+def random_slopes(rows: list[Row]) -> Objective:
+    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
+    return lambda answers: (answers * slopes).sum()
+
+
+def dpo_loss(rows: list[Row]) -> Objective:
+    """The sum of Eq. 2 against random references about ln 384, so that no two margins are equal."""
+    packed = pack(rows, "pair")
+    drawn = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(1))
+
+    def objective(answers: torch.Tensor) -> torch.Tensor:
+        return dpo(LossInputs(answers, drawn - 6.0, packed.weight, packed.sequence, packed.sequences)).sum
+
+    return objective
+
+
+def separate_logprobs(folder: Path, rows: list[Row], objective: Objective) -> Result:
+    """transformers' own forward, one sequence at a time, full logits."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -31,30 +67,55 @@ def separate_logprobs(folder: Path, rows: list[Row], slopes: torch.Tensor) -> tu
             ids = torch.from_numpy(np.concatenate([row.prompt, response])).long()[None]
             logits = torch.log_softmax(model(ids).logits[0], -1)[len(row.prompt) - 1 : -1]
             found.append(logits.gather(1, ids[0, len(row.prompt) :, None])[:, 0])
-    answers = torch.cat(found)
-    (answers * slopes).sum().backward()
-    return answers.detach(), gradients(model)
+    return result(model, torch.cat(found), objective)
 
 
 def packed_logprobs(
     folder: Path,
     groups: list[list[Row]],
-    slopes: torch.Tensor,
+    objective: Objective,
     chunk: int | None = None,
     checkpointing: bool = False,
-) -> tuple[torch.Tensor, dict]:
+) -> Result:
     model = load_model(folder, torch.float32, gradient_checkpointing=checkpointing)
     policy = Policy(model, chunk)
-    answers = torch.cat([policy(pack(group, "pair")) for group in groups])
-    (answers * slopes).sum().backward()
-    return answers.detach(), gradients(model)
+    return result(model, torch.cat([policy(pack(group, "pair")) for group in groups]), objective)
 
 
-def assert_close(one: tuple[torch.Tensor, dict], other: tuple[torch.Tensor, dict]) -> None:
-    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
-    assert one[1].keys() == other[1].keys()
-    for name in one[1]:
-        torch.testing.assert_close(one[1][name], other[1][name], atol=1e-5, rtol=1e-4, msg=name)
+def assert_close(one: Result, other: Result) -> None:
+    torch.testing.assert_close(one.loss, other.loss, atol=0, rtol=1e-5)
+    torch.testing.assert_close(one.answers, other.answers, atol=0, rtol=1e-5)
+    assert one.gradients.keys() == other.gradients.keys()
+    for name, wanted in other.gradients.items():
+        # An entry is a sum: its rounding is that of the terms, which may be larger than what they add up to.
+        small = 1e-6 * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(
+            one.gradients[name],
+            wanted,
+            atol=small,
+            rtol=1e-5,
+            msg=lambda told, name=name: f"{name}: {told}",
+        )
+
+
+class Watch(TorchDispatchMode):
+    """Counts rows as wide as the vocabulary: the most made at once, and all that are multiplied with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.multiplied = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if torch.is_tensor(one)}
+        for made in tree_leaves(out):
+            if not torch.is_tensor(made) or made.untyped_storage().data_ptr() in given:
+                continue  # a view of what was there: the transposed weight
+            if made.shape[-1:] == (VOCABULARY,):
+                self.largest = max(self.largest, made.numel() // VOCABULARY)
+        if func is torch.ops.aten.mm.default and args[0].shape[1] == VOCABULARY:
+            self.multiplied += args[0].shape[0]
+        return out
 
 
 def tree(*ids: list[int]) -> Row:
@@ -70,10 +131,13 @@ def tokens_of(rows: list[Row]) -> int:
 def test_shared_prefix_equals_two_separate_sequences(
     folder: Path, make_rows: Callable[..., list[Row]]
 ) -> None:
-    """The trees of 7 pairs in one row of tokens, against 14 sequences of transformers, each alone."""
+    """The trees of 7 pairs in one row of tokens, against 14 sequences of transformers, each alone.
+
+    In the DPO loss, and in a random sum: there the gradients of tokens that both responses begin with do not cancel.
+    """
     rows = make_rows(7)
-    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
-    assert_close(packed_logprobs(folder, [rows], slopes), separate_logprobs(folder, rows, slopes))
+    for objective in (dpo_loss(rows), random_slopes(rows)):
+        assert_close(packed_logprobs(folder, [rows], objective), separate_logprobs(folder, rows, objective))
 
 
 def test_a_common_beginning_is_computed_once(folder: Path, make_rows: Callable[..., list[Row]]) -> None:
@@ -85,20 +149,75 @@ def test_a_common_beginning_is_computed_once(folder: Path, make_rows: Callable[.
     packed = pack(rows, "pair")
     assert packed.grid.preamble == 12
     assert len(packed.tokens) == apart - 4 * 12
-    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
-    assert_close(packed_logprobs(folder, [rows], slopes), separate_logprobs(folder, rows, slopes))
+    objective = random_slopes(rows)
+    assert_close(packed_logprobs(folder, [rows], objective), separate_logprobs(folder, rows, objective))
 
 
 def test_packing_chunking_and_checkpointing_change_nothing(
-    folder: Path, make_rows: Callable[..., list[Row]]
+    folder: Path, make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One micro-batch = one row at a time; head in chunks of 3 states = whole; recomputed layers = kept ones."""
+    """One micro-batch = one row at a time; recomputed layers = kept ones; head in chunks of 3 states = whole.
+
+    The last with all probabilities kept, with those of the first chunk, and with none.
+    """
     rows = make_rows(5, seed=3)
-    slopes = torch.randn(tokens_of(rows), generator=torch.Generator().manual_seed(0))
-    whole = packed_logprobs(folder, [rows], slopes)
-    assert_close(whole, packed_logprobs(folder, [[row] for row in rows], slopes))
-    assert_close(whole, packed_logprobs(folder, [rows], slopes, chunk=3))
-    assert_close(whole, packed_logprobs(folder, [rows], slopes, checkpointing=True))
+    for objective in (dpo_loss(rows), random_slopes(rows)):
+        whole = packed_logprobs(folder, [rows], objective)
+        assert_close(whole, packed_logprobs(folder, [[row] for row in rows], objective))
+        assert_close(whole, packed_logprobs(folder, [rows], objective, checkpointing=True))
+        for states in (1000, 5, 0):
+            with monkeypatch.context() as patch:
+                patch.setattr(forward, "KEPT_BYTES", states * 4 * VOCABULARY)
+                assert_close(whole, packed_logprobs(folder, [rows], objective, chunk=3))
+
+
+def test_states_without_a_gradient_stay_out_of_the_products(
+    folder: Path, make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slopes of 1 for chosen and -1 for rejected tokens cancel out where both begin alike; every third is dropped.
+
+    Nothing at all comes to the first two rows, which fill whole chunks of 4 states.
+    """
+    rows = make_rows(7)
+    batch = pack(rows, "pair")
+    slopes = 1.0 - 2.0 * (batch.sequence % 2)
+    slopes[::3] = 0
+    slopes[: tokens_of(rows[:2])] = 0
+    alive = int(torch.zeros(len(batch.states)).index_add(0, batch.source, slopes).count_nonzero())
+    assert 0 < alive < int(slopes.count_nonzero()), "no token cancels out"
+    objective: Objective = lambda answers: (answers * slopes).sum()  # noqa: E731
+    wanted = separate_logprobs(folder, rows, objective)
+    for kept in (0, forward.KEPT_BYTES):
+        monkeypatch.setattr(forward, "KEPT_BYTES", kept)
+        with Watch() as watch:
+            found = packed_logprobs(folder, [rows], objective, chunk=4)
+        assert watch.multiplied == alive
+        assert_close(found, wanted)
+    idle = packed_logprobs(folder, [rows], lambda answers: answers.sum() * 0.0)
+    assert idle.gradients.keys() == wanted.gradients.keys(), (
+        "ZeRO waits for every gradient, also for one of zeros"
+    )
+    assert not any(gradient.any() for gradient in idle.gradients.values())
+
+
+def test_logits_are_never_whole(
+    folder: Path, make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for logits of 5 states and probabilities of 12: of over 50 states, 5 at a time and two chunks kept."""
+    monkeypatch.setattr(forward, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    monkeypatch.setattr(forward, "KEPT_BYTES", 12 * 4 * VOCABULARY)
+    rows = make_rows(7)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with Watch() as watch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_logprobs(folder, [rows], random_slopes(rows))
+    assert watch.multiplied == len(pack(rows, "pair").states) > 50
+    assert watch.largest == 5
+    assert sum(len(one) for one in kept if one.shape[1:] == (VOCABULARY,)) == 10
 
 
 def test_tree_of_a_pair_by_hand() -> None:

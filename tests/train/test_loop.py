@@ -19,6 +19,7 @@ from allo_ray.train.checkpoint import Progress
 from allo_ray.train.loop import Plan, learning_rate, run
 from allo_ray.train.rows import Row
 from allo_ray.train.updater import PlainUpdater
+from tests.train.conftest import overflowing
 
 CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
 WHOLE = 100_000
@@ -188,15 +189,19 @@ def test_a_loss_that_is_not_finite_names_its_row_and_changes_nothing(
     assert furthest(before, values_of(updater)) == 0
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(
+def test_a_gradient_that_is_not_finite_names_its_rows_and_changes_nothing(
     tiny_llama: Path, make_rows, with_reference, make_updater
 ) -> None:
+    """Two of eight rows are `overflowing`; they share micro-batches with others, so the sums tell nothing apart."""
+    rows = with_reference(tiny_llama, make_rows(8))
+    for at in (2, 5):
+        rows[at] = overflowing(rows[at])
     updater: PlainUpdater = make_updater(tiny_llama, CONFIG)
     before = values_of(updater)
-    updater.neurons.parameters()[3].register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(UserError, match="step 0: the gradient is not finite"):
-        run(updater, plan_of(), [with_reference(tiny_llama, make_rows(4))], Progress())
+    with pytest.raises(UserError, match=r"step 0: the gradient is not finite at the rows row2, row5\."):
+        run(updater, plan_of(budget=60, beta=100.0), [rows], Progress())
     assert furthest(before, values_of(updater)) == 0
+    assert updater.state()["step"] == 0
 
 
 def test_clipping_scales_the_norm_of_the_selection(

@@ -1,26 +1,35 @@
 """One rank of two: a few steps of masked DPO under each ZeRO stage, and once more from a checkpoint.
 
+Before the first step a global batch whose gradient is not finite, and after the last one whose loss is not: both ranks
+name the rows, also those that only the other one has seen.
+
 python -m tests.train.two_ranks RANK PORT MODEL ROWS SELECTION OUT: rank 0 writes OUT/zero<stage>.safetensors.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.errors import UserError
 from allo_ray.neurons.parametrize import attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
 from allo_ray.train.checkpoint import Progress
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.loop import Plan, run
-from allo_ray.train.rows import rows_of
+from allo_ray.train.rows import Row, micro_batches, rows_of
 from allo_ray.train.zero import ZeroUpdater
+from tests.train.conftest import overflowing
 
 CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
 
@@ -45,13 +54,30 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
     def add_up(sums: torch.Tensor) -> None:
         torch.distributed.all_reduce(sums)
 
+    def refuses(what: str, updater: ZeroUpdater, broken: dict[str, Row], **args: float) -> None:
+        """The first batch with these rows in it is refused by this rank, in the names of these rows alone."""
+        batch = [broken.get(row.id, row) for row in batches[0]]
+        names = ", ".join(row.id for row in batch if row.id in broken)
+        with pytest.raises(UserError, match=rf"the {what} is not finite at the rows {names}\. Nothing was"):
+            run(updater, replace(plan, loss_args={"v": 0.3, **args}), [batch], Progress(), add_up)
+
+    # The longest row of each rank's share.
+    first, second = (micro_batches(batches[0], "pair", 2, at, 80)[0][0] for at in range(2))
+
     for stage in range(4):
         updater = build(stage)
+        refuses("gradient", updater, {row.id: overflowing(row) for row in (first, second)}, beta=100.0)
+        refuses("gradient", updater, {second.id: overflowing(second)}, beta=100.0)
         if stage == 3:
             sharded = [tensor.weight.ds_tensor.numel() for tensor in updater.neurons.attached]  # type: ignore[attr-defined]
             whole = [updater.neurons.selection.size_of(tensor.name) for tensor in updater.neurons.attached]
             assert all(part <= -(-size // 2) for part, size in zip(sharded, whole, strict=True))
+        torch.ones(rank << 28, dtype=torch.uint8)  # 256 MiB on rank 1, gone at once
         reached = run(updater, plan, batches[:2], Progress(), add_up)
+        told = reached.metrics[-1]
+        assert told["tokens_per_second"] == told["tokens"] / told["seconds"] > 0
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert rank == 1 or told["peak_rss"] > own + (100 << 20), "rank 1 has held more"
         state = updater.state()
         folder = out / f"step{stage}"
         if state is not None:
@@ -65,6 +91,8 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
             state = one.state()
             if state is not None:
                 checkpoint.save(out / f"{name}{stage}", state, progress)
+    lost = np.full(len(second.chosen), np.nan, dtype=np.float32)
+    refuses("loss", updater, {second.id: replace(second, chosen_reference=lost)})
 
 
 if __name__ == "__main__":
