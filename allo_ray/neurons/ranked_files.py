@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from allo_ray.neurons.importance import STEP, Counted, Ranked, measure, rank
@@ -47,10 +48,10 @@ class RankedFiles:
 
     def save(self, folder: Path) -> None:
         """Writes the index beside the shards."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, np.ndarray] = {}
         for one in self.counted:
-            tensors[f"{one.name}.bins"] = torch.tensor(one.bins)
-            tensors[f"{one.name}.counts"] = torch.tensor(one.counts)
+            tensors[f"{one.name}.bins"] = one.bins
+            tensors[f"{one.name}.counts"] = one.counts
         told = [[one.name, list(one.shape), self.shards[one.name]] for one in self.counted]
         header = {"format": FORMAT, "version": VERSION, "base": self.base, "tensors": json.dumps(told)}
         save_file(tensors, folder / INDEX, metadata=header)
