@@ -68,7 +68,7 @@ def compute_logprobs(
     if not files:
         raise UserError(f"{pairs}: no pairs there.")
     total = sum(pq.read_metadata(file).num_rows for file in files)
-    workers = bounds(trainer.workers)[1]
+    fewest, most = bounds(trainer.workers)
     shards = ray.data.read_parquet(str(pairs), columns=list(COLUMNS)).map_batches(
         LogprobActor,
         fn_constructor_kwargs={
@@ -78,9 +78,9 @@ def compute_logprobs(
             "dtype": dtype,
             "trainer": trainer.model_dump(),
         },
-        batch_size=min(SHARD_ROWS, max(1, -(-total // workers))),
+        batch_size=min(SHARD_ROWS, max(1, -(-total // most))),
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         num_cpus=trainer.num_cpus,
         num_gpus=trainer.num_gpus or None,
         resources=trainer.resources or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -54,27 +56,35 @@ def write_rows(rows: list[Row], path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(tiny_llama: Path, make_rows, with_reference) -> list[Row]:
     return with_reference(tiny_llama, make_rows(ROWS))
 
 
-@pytest.fixture
-def job(tiny_llama: Path, rows: list[Row], make_updater, tmp_path: Path) -> TrainJob:
-    """Masked DPO on a tenth of the neurons over global batches of 8."""
+@pytest.fixture(scope="module")
+def stored_job(
+    tiny_llama: Path, rows: list[Row], make_updater, tmp_path_factory: pytest.TempPathFactory
+) -> TrainJob:
+    """Masked DPO on a tenth of the neurons over global batches of 8; where it writes is for the test to say."""
+    folder = tmp_path_factory.mktemp("job")
     updater = make_updater(tiny_llama, CONFIG)
-    updater.neurons.selection.save(tmp_path / "selection.safetensors")
+    updater.neurons.selection.save(folder / "selection.safetensors")
     return TrainJob(
         base=str(tiny_llama),
         layers=(),
-        selection=str(tmp_path / "selection.safetensors"),
-        rows=write_rows(rows, tmp_path / "rows.parquet"),
+        selection=str(folder / "selection.safetensors"),
+        rows=write_rows(rows, folder / "rows.parquet"),
         loss="masked_dpo",
         loss_args={"v": 0.3},
         config=CONFIG,
         trainer=TRAINER,
-        out=str(tmp_path / "out"),
+        out="",
     )
+
+
+@pytest.fixture
+def job(stored_job: TrainJob, tmp_path: Path) -> TrainJob:
+    return replace(stored_job, out=str(tmp_path / "out"))
 
 
 def plain(job: TrainJob, folder: Path, rows: list[Row], make_updater) -> dict[str, torch.Tensor]:
@@ -107,11 +117,11 @@ def furthest(path: Path, values: dict[str, torch.Tensor]) -> float:
 
 
 class Killer(threading.Thread):
-    """Sends SIGKILL to the first worker once the run's second checkpoint is stored."""
+    """Sends SIGKILL to worker 0 or 1 of at most two, once it trains and the checkpoint of step `after` is stored."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, rank: int = 0, after: int = 8) -> None:
         super().__init__(daemon=True)
-        self.out = out
+        self.out, self.rank, self.after = out, rank, after
         self.killed_at: int | None = None
 
     def run(self) -> None:
@@ -121,9 +131,25 @@ class Killer(threading.Thread):
                 told = json.loads((self.out / HEARTBEAT).read_text())
             except (OSError, ValueError):  # not there yet, or just being replaced
                 continue
-            if (self.out / RUN / "step-00000008").exists():
-                os.kill(told["pid"], signal.SIGKILL)
+            if self.after and not (self.out / RUN / f"step-{self.after:08d}").exists():
+                continue
+            # Worker 0 writes its own number; the other one is found by its name.
+            pids = [told["pid"]] if self.rank == 0 else workers() - {told["pid"]}
+            if len(pids) == 1:
+                os.kill(*pids, signal.SIGKILL)
                 self.killed_at = told["done"]
+
+
+def workers() -> set[int]:
+    """Processes of Ray Train's workers in this session's cluster."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("ray::RayTrainWo"):
+                found.add(process.pid)
+        except psutil.NoSuchProcess:
+            pass
+    return found
 
 
 def short_steps(job: TrainJob, **trainer: Any) -> TrainJob:
@@ -189,6 +215,49 @@ def test_a_broken_run_goes_on_when_it_is_run_again_with_other_workers(
     for side in ("chosen", "rejected"):
         for one, other in zip(left[side].to_pylist(), right[side].to_pylist(), strict=True):
             assert one == pytest.approx(other, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two_undisturbed(
+    ray_cluster, stored_job: TrainJob, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """Values after 75 steps by two workers that nobody kills."""
+    out = str(tmp_path_factory.mktemp("undisturbed"))
+    found = delta.load(train(short_steps(replace(stored_job, out=out), workers=2)).delta)
+    return {name: found.values(name) for name in found.counts}
+
+
+def test_the_second_of_two_workers_is_killed_before_the_first_checkpoint(
+    job: TrainJob, two_undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """Both start again from nothing, by themselves; every bit as if nobody had been killed. The first checkpoint is
+    never due, so it cannot come first."""
+    killer = Killer(Path(job.out), rank=1, after=0)
+    killer.start()
+    result = train(short_steps(job, workers=2, checkpoint_every=0))
+    assert killer.killed_at is not None, "the run ended before it could be killed"
+    assert result.facts["resumed_at"] == 0
+    assert tables.METRICS.read(result.metrics)["step"].to_pylist() == list(range(75))
+    assert furthest(result.delta, two_undisturbed) == 0
+
+
+def test_the_second_of_two_workers_is_killed_after_a_checkpoint(
+    job: TrainJob, two_undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """What it leaves is finished by two workers to the same bits, and by one within 1e-5 (another order of sums)."""
+    from ray.train import TrainingFailedError
+
+    job = short_steps(job, workers=2, max_failures=0)
+    Killer(Path(job.out), rank=1).start()
+    with pytest.raises(TrainingFailedError):
+        train(job)
+    alone = replace(job, out=f"{job.out}_alone", trainer=job.trainer.model_copy(update={"workers": 1}))
+    shutil.copytree(job.out, alone.out)
+    for finishing, furthest_allowed in ((job, 0), (alone, 1e-5)):
+        result = train(finishing)
+        assert result.facts["resumed_at"] >= 8
+        assert tables.METRICS.read(result.metrics)["step"].to_pylist() == list(range(75))
+        assert furthest(result.delta, two_undisturbed) <= furthest_allowed
 
 
 def test_what_the_user_can_mend_is_told_before_workers_start(job: TrainJob, tmp_path: Path) -> None:
