@@ -2,8 +2,9 @@
 
     model - sft - forget (k1, u) - learn (k2, v) - evaluate (SFT, forgotten, ALLO)
 
-Every execution leaves a line in journal.txt beside the store: stage, key, process, beginning and end. As a script it
-is the driver of a campaign on a running cluster, which tests kill:
+Every execution that ends leaves a line in journal.txt beside the store: stage, key, process, beginning and end; each
+forgetting that begins leaves one in begun.txt. As a script it is the driver of a campaign on a running cluster, which
+tests kill:
 
     python -m tests.tune.stages CAMPAIGN ADDRESS
 """
@@ -36,7 +37,8 @@ QUESTIONS = 200
 
 
 def graph(config: RunConfig) -> list[Node]:
-    """Stages of a run; learning takes `learn.weight_decay` seconds and the CPUs of the trainer."""
+    """Stages of a run. Forgetting takes `forget.weight_decay` seconds; learning `learn.weight_decay`, and the CPUs of
+    the trainer."""
     forget, learn = config.forget, config.learn
     assert forget is not None
     assert learn is not None
@@ -68,6 +70,13 @@ def journal(store: Path) -> list[tuple[str, str, int, float, float]]:
     return [(stage, key, int(pid), float(start), float(end)) for stage, key, pid, start, end in told]
 
 
+def forgettings(store: Path) -> list[tuple[str, int, float]]:
+    """(key, process, beginning) of each forgetting that has begun."""
+    file = store.parent / "begun.txt"
+    told = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return [(key, int(pid), float(start)) for key, pid, start in told]
+
+
 def _sft(ctx: Context) -> None:
     begun = time.time()
     (ctx.out / "number").write_text("0.5")
@@ -78,6 +87,10 @@ def _sft(ctx: Context) -> None:
 def _forget(ctx: Context) -> None:
     """Best at k1 = 0.1 and u = 0.9."""
     begun = time.time()
+    with (Path(ctx.store.root).parent / "begun.txt").open("a") as file:
+        file.write(f"{ctx.key} {os.getpid()} {begun}\n")
+    assert ctx.config.forget is not None
+    time.sleep(ctx.config.forget.weight_decay)
     loss = abs(ctx.settings["k"] - 0.1) + abs(ctx.settings["u"] - 0.9)
     number = float(ctx.file("start", "number").read_text())
     (ctx.out / "number").write_text(str(number + 0.2 - loss / 2))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from allo_ray.config.tune import load_campaign
 from allo_ray.errors import UserError
 from allo_ray.store import Store
 from allo_ray.tune.records import Records, folder_of
-from tests.tune.stages import graph, journal, run
+from tests.tune.stages import forgettings, graph, journal, run
 
 Write = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -244,3 +245,44 @@ def test_an_ended_campaign_goes_on(write_campaign: Write, tmp_path: Path, how: s
     done: dict[str, Any] = Counter(key for stage, key, *_ in journal(store) if stage == "learn")
     assert len(done) == 6
     assert found.summary["best"]["values"] == {"u": 0.9, "v": 0.2}
+
+
+class FirstHolder(threading.Thread):
+    """Sends SIGKILL to the process of the first trial that forgets, once another trial has been waiting for a while."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(daemon=True)
+        self.store, self.killed = store, (0, 0.0)
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while not forgettings(self.store) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2.5)
+        _, pid, _ = forgettings(self.store)[0]
+        os.kill(pid, signal.SIGKILL)
+        self.killed = pid, time.time()
+
+
+def test_a_stage_that_trials_share_is_never_computed_twice_at_a_time(
+    write_campaign: Write, tmp_path: Path
+) -> None:
+    """Two v, one u: both trials need one forgotten model. The first dies over it: begun twice, finished once."""
+    store = tmp_path / "store"
+    told = {"space": {"u": "grid(0.7, 0.9)", "v": "grid(0.2, 0.4)"}, "concurrent": 2}
+    killer = FirstHolder(store)
+    killer.start()
+    found = run(load_campaign(write_campaign(**told, set={"forget.weight_decay": 4.0})))
+    killer.join(10)
+    assert found.summary["trials"] == {"asked": 4, "finished": 4}
+    dead, when = killer.killed
+    ended = {(key, pid): end for stage, key, pid, _, end in journal(store) if stage == "forget"}
+    assert Counter(key for key, _ in ended).most_common(1)[0][1] == 1, (
+        "each forgotten model was finished once"
+    )
+    attempts = forgettings(store)
+    assert sorted(Counter(key for key, *_ in attempts).values()) == [1, 2]
+    assert (attempts[0][0], dead) not in ended
+    for key in {key for key, *_ in attempts}:
+        spans = sorted((start, ended.get((key, pid), when)) for one, pid, start in attempts if one == key)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
