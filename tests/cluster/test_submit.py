@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -271,9 +272,24 @@ def test_the_life_of_a_job_on_a_real_cluster(local_cluster: LocalCluster, tmp_pa
     assert name in allo("jobs").stdout
     assert "no job missing" in allo("jobs", "stop", "missing").stderr
 
+    asking = "from allo_ray import submit; print(submit.python_of(submit.connect(None)))"
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", asking],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**local_cluster.environment, "RAY_API_SERVER_ADDRESS": local_cluster.dashboard},
+    )
+    assert told.stdout.strip() == platform.python_version(), told.stderr
+
     wrong = tmp_path / "wrong-token"
     wrong.write_text("0" * 64)
     os.chmod(wrong, 0o600)
-    refused = allo("jobs", RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert refused.returncode == 2
-    assert "asks for a token" in refused.stderr
+    joining = ["align", "--config", "smoke", "--set", f"runs={tmp_path}/3", "--set", f"store={tmp_path}/3"]
+    for command in (["jobs"], joining):
+        refused = allo(*command, RAY_AUTH_TOKEN_PATH=str(wrong))
+        assert refused.returncode == 2, refused.stderr
+        assert "token" in refused.stderr, (
+            "Ray tells a driver with a wrong one no more than that it cannot connect"
+        )
+        assert "Traceback" not in refused.stderr

@@ -40,11 +40,11 @@ def test_a_dead_address_is_told_at_once(refused: Refused, job: str) -> None:
 
 
 @pytest.mark.parametrize("job", ["align", "tune"])
-def test_a_wrong_token_is_told_as_one(refused: Refused, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray raises for it is of a class of its own, and no ConnectionError."""
+def test_a_missing_token_is_told_as_one(refused: Refused, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a class of its own where there is none. With a wrong one: tests/cluster/test_submit.py."""
 
     def init(**_: object) -> None:
-        raise AuthenticationError("InvalidAuthToken: authentication token is invalid")
+        raise AuthenticationError("Token authentication is enabled but no authentication token was found")
 
     monkeypatch.setattr(ray, "init", init)
     with socket.create_server(("127.0.0.1", 0)) as server:
