@@ -33,23 +33,29 @@ free_port() { "$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127
 launch() {
     local name=$1 log=$dir/$1.log
     shift
-    # A folder of its own: each node unpacks a job's package into it, and throws away what lies there before.
-    # Ports of their own: nodes of one machine must share neither Ray's range of worker ports nor the agent's 52365
-    # (a head whose agent could not have it answers job submissions with "No available agent").
-    setsid "$bin/ray" start --block --temp-dir "$dir/$name" --min-worker-port 0 --max-worker-port 0 \
-        --dashboard-agent-listen-port "$(free_port)" --object-store-memory "${ALLO_STORE_BYTES:-268435456}" "$@" >"$log" 2>&1 </dev/null &
-    "$bin/python" - "$!" "$dir/$name.pid" <<'EOF'
+    # Ray gives up after 30 seconds, which a busy machine may need: so three times.
+    for _ in 1 2 3; do
+        rm -f "$log"
+        # A folder of its own: each node unpacks a job's package into it, and throws away what lies there before.
+        # Ports of their own: nodes of one machine must share neither Ray's range of worker ports nor the agent's 52365
+        # (a head whose agent could not have it answers job submissions with "No available agent").
+        setsid "$bin/ray" start --block --temp-dir "$dir/$name" --min-worker-port 0 --max-worker-port 0 \
+            --dashboard-agent-listen-port "$(free_port)" --object-store-memory "${ALLO_STORE_BYTES:-268435456}" "$@" >"$log" 2>&1 </dev/null &
+        "$bin/python" - "$!" "$dir/$name.pid" <<'EOF'
 import sys, psutil
 process = psutil.Process(int(sys.argv[1]))
 open(sys.argv[2], "w").write(f"{process.pid} {process.create_time()}\n")
 EOF
-    # Ray says so once the node is connected; an early end means a flag or a port was wrong.
-    for _ in $(seq 300); do
-        grep -q 'Ray runtime started' "$log" && return
-        alive "$name" || fail "$name did not start: $(tail -n 3 "$log")"
-        sleep 0.2
+        # Ray says so once the node is connected; an early end means a flag or a port was wrong.
+        for _ in $(seq 300); do
+            grep -qs 'Ray runtime started' "$log" && return
+            alive "$name" || break
+            sleep 0.2
+        done
+        grep -qs 'timed out during startup' "$log" || break
     done
-    fail "$name did not start within a minute: see $log"
+    alive "$name" && fail "$name did not start within a minute: see $log"
+    fail "$name did not start: $(tail -n 3 "$log")"
 }
 
 # Whether NAME runs: the process of its pid file, and not a later one with the same number.
