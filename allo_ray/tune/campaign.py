@@ -157,7 +157,11 @@ def _fit(setting: Any, searcher: Any, scheduler: Any, trials: int, at_once: int)
                 ray.tune.PlacementGroupFactory([dict(TRIAL)]),
             ),
             tune_config=ray.tune.TuneConfig(
-                search_alg=searcher, scheduler=scheduler, num_samples=trials, max_concurrent_trials=at_once
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=trials,
+                max_concurrent_trials=at_once,
+                reuse_actors=True,  # a process has imported torch and Ray already when its next trial begins
             ),
             run_config=ray.tune.RunConfig(
                 name="trials",
