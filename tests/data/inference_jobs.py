@@ -30,20 +30,28 @@ def engine(kind: str = "transformers", batch: int = 64, **pool: Any) -> EngineCo
 
 
 def prompts(count: int = PROMPTS, seed: int = 0) -> pa.Table:
-    """Prompts of 1 to 99 tokens."""
+    """Rows of PROMPTS with prompts of 1 to 99 tokens, and a context and a response to be scored in each."""
     draw = np.random.default_rng(seed)
-    return tables.PROMPTS.build(
+
+    def ids(fewest: int, most: int) -> list[int]:
+        return draw.integers(3, 300, size=draw.integers(fewest, most)).tolist()
+
+    given = [(ids(1, 100), ids(1, 60), ids(0, 60)) for _ in range(count)]
+    rows = tables.PROMPTS.build(
         {
             "id": f"p{i:03d}",
             "prompt": f"question {i}",
             "text": f"question {i}",
-            "prompt_ids": draw.integers(3, 300, size=draw.integers(1, 100)).tolist(),
+            "prompt_ids": prompt,
             "reference": None,
             "answer": str(i),
             "group": None,
         }
-        for i in range(count)
+        for i, (prompt, _, _) in enumerate(given)
     )
+    for place, name in enumerate(("context_ids", "response_ids"), start=1):
+        rows = rows.append_column(name, pa.array([row[place] for row in given], pa.list_(pa.int32())))
+    return rows
 
 
 def samples(out: Path | str) -> list[dict[str, Any]]:

@@ -12,15 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ray import cloudpickle
 
+from allo_ray import tables
 from allo_ray.data.inference import Job, run
-from allo_ray.data.inference_work import Answers, SampleWork
+from allo_ray.data.inference_work import SCORES, Answers, SampleWork, ScoreWork
 from allo_ray.engines.base import Engine, Sampling
 from tests.data.inference_jobs import PROMPTS, SAMPLING, engine, prompts, samples
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+#: Largest difference of a log-prob between two cuts of the same rows into batches, in float32: that of two engines.
+SCORE_TOLERANCE = 2e-5
+#: What both works of a run read from the rows of `prompts`, so that one pool of engines serves both.
+COLUMNS = ("id", "prompt", "prompt_ids", "answer", "context_ids", "response_ids")
+
+
+def scores(out: Path) -> dict[str, np.ndarray]:
+    """Id -> log-probs [R] of all rows of all shards; none is there twice."""
+    raw = SCORES.read(out).to_pylist()
+    told = {row["id"]: np.array(row["logprobs"], np.float32) for row in raw}
+    assert len(told) == len(raw)
+    return told
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,7 @@ class Patient(SampleWork):
 
     marks: str = ""
     processes: int = 1
+    columns = COLUMNS
 
     def answer(self, engine: Engine, rows: Any) -> Answers:
         (Path(self.marks) / str(os.getpid())).touch()
@@ -50,33 +66,58 @@ class Patient(SampleWork):
         return super().answer(engine, rows)
 
 
-def sampling(model: Path | str, out: Path, processes: int = 1) -> Job:
-    """Two samples of every prompt."""
+@dataclass(frozen=True)
+class Scored(ScoreWork):
+    columns = COLUMNS
+
+
+def both(model: Path | str, out: Path, processes: int = 1) -> list[Job]:
+    """Two samples of every prompt, and the log-probs of every response."""
     (out / "marks").mkdir(parents=True, exist_ok=True)
     work = Patient(SAMPLING, 2, 3, marks=str(out / "marks"), processes=processes)
-    return Job(prompts(), str(model), work, str(out / "samples"), "m")
+    return [
+        Job(prompts(), str(model), work, str(out / "samples"), "m"),
+        Job(prompts(), str(model), Scored(logprobs=True), str(out / "scores"), "m"),
+    ]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a run that nothing disturbs gives."""
+
+    samples: list[dict[str, Any]]
+    scores: dict[str, np.ndarray]
+
+    def check(self, out: Path) -> None:
+        """Fails unless the same is in the folder: samples to the byte, scores within the tolerance."""
+        assert samples(out / "samples") == self.samples
+        found = scores(out / "scores")
+        assert found.keys() == self.scores.keys()
+        for name, expected in self.scores.items():
+            np.testing.assert_allclose(found[name], expected, atol=SCORE_TOLERANCE, rtol=0)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    ray_cluster: None, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
+def undisturbed(ray_cluster: None, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     """vLLM, batches of 64, one actor: what every other run must equal.
 
     The second sample of a prompt of L tokens finds all its whole blocks in the cache but the one of its last token:
     32 ((L - 1) // 32) tokens.
     """
     out = tmp_path_factory.mktemp("undisturbed")
-    facts = run([sampling(tiny_qwen, out)], engine("vllm", 64))[0]
+    facts = run(both(tiny_qwen, out), engine("vllm", 64))
     rows = samples(out / "samples")
-    assert facts["rows"] == PROMPTS
-    assert facts["tokens_out"] == sum(len(row["response_ids"]) for row in rows)
+    assert [told["rows"] for told in facts] == [PROMPTS, PROMPTS]
+    assert facts[0]["tokens_out"] == sum(len(row["response_ids"]) for row in rows)
     assert [(row["prompt_id"], row["index"]) for row in rows] == [
         (f"p{i:03d}", k) for i in range(PROMPTS) for k in (0, 1)
     ]
     assert len({row["id"] for row in rows}) == len(rows)
-    assert facts["cached"] > 0
-    return rows
+    found = scores(out / "scores")
+    lengths = {row["id"]: len(row["response_ids"]) for row in prompts().to_pylist()}
+    assert {name: len(told) for name, told in found.items()} == lengths
+    assert facts[0]["cached"] > 0
+    return Truth(rows, found)
 
 
 class Seen:
@@ -91,53 +132,57 @@ class Seen:
 
 @pytest.mark.parametrize(("batch", "actors"), [(1, 1), (7, 2), (64, 2)])
 def test_batches_and_actors_change_nothing(
-    batch: int, actors: int, undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path
+    batch: int, actors: int, undisturbed: Truth, tiny_qwen: Path, tmp_path: Path
 ) -> None:
     """Beside one actor and batches of 64. All actors take part, and tell what the engines do."""
     config, seen = engine("vllm", batch, actors=actors, batches_in_flight=1), Seen()
-    facts = run([sampling(tiny_qwen, tmp_path, actors)], config, seen)[0]
-    assert samples(tmp_path / "samples") == undisturbed
-    assert facts["actors"] == actors
+    facts = run(both(tiny_qwen, tmp_path, actors), config, seen)
+    undisturbed.check(tmp_path)
+    assert facts[0]["actors"] == actors
     assert len(list(tmp_path.glob("samples/*.parquet"))) >= PROMPTS / max(1, batch // 2)
     done, total, told = seen.told[-1]
-    assert done == total == PROMPTS
+    assert done == total == 2 * PROMPTS
     assert set(told) == {"running", "waiting", "cached", "tokens_in_per_second", "tokens_out_per_second"}
 
 
 DRIVER = """
     import os, signal, sys
+    from dataclasses import replace
     from pathlib import Path
     import ray
     sys.path.insert(0, {root!r})
     from tests.data.inference_jobs import engine
-    from tests.data.test_equal_results import sampling
+    from tests.data.test_equal_results import both
     from allo_ray.data.inference import run
 
-    class DieAfterFirst:
+    class DieInSampling:
         def update(self, done, total, unit, **facts):
-            os.kill(os.getpid(), signal.SIGKILL)
+            if done > 10:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    config = engine("vllm", 2, batches_in_flight=1)
-    run([sampling({model!r}, Path({out!r}))], config, DieAfterFirst())
+    sampling, scoring = both({model!r}, Path({out!r}))
+    scoring = replace(scoring, rows=scoring.rows.slice(5, 10))
+    run([scoring, sampling], engine("vllm", 2, batches_in_flight=1), DieInSampling())
 """
 
 
-def test_killed_driver_resumes(undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver after its first batch of one prompt; a second run with other batches does the rest."""
+def test_killed_driver_resumes(undisturbed: Truth, tiny_qwen: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver after 10 scores and its first sampled prompt; a second run with other batches goes on."""
     root = str(Path(__file__).parents[2])
     script = textwrap.dedent(DRIVER.format(root=root, model=str(tiny_qwen), out=str(tmp_path)))
     killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    there = len(samples(tmp_path / "samples"))
-    assert 2 <= there < len(undisturbed)
-    facts = run([sampling(tiny_qwen, tmp_path)], engine("vllm", 64))[0]
-    assert facts["skipped"] * 2 >= there, "what was there is not done again"
-    assert samples(tmp_path / "samples") == undisturbed
+    there = len(tables.SAMPLES.read(tmp_path / "samples"))  # the engines may live a moment longer
+    assert 2 <= there < len(undisturbed.samples)
+    facts = run(both(tiny_qwen, tmp_path), engine("vllm", 64))
+    assert facts[0]["skipped"] * 2 >= there, "what was there is not done again"
+    assert facts[1]["skipped"] == 10
+    undisturbed.check(tmp_path)
 
 
 def test_a_poison_row_is_given_up_and_the_rest_goes_on(
-    undisturbed: list[dict[str, Any]], tiny_qwen: Path, tmp_path: Path
+    undisturbed: Truth, tiny_qwen: Path, tmp_path: Path
 ) -> None:
     """A row kills every vLLM engine that meets it, with another batch under way beside it: it alone is given up.
 
@@ -150,7 +195,7 @@ def test_a_poison_row_is_given_up_and_the_rest_goes_on(
     assert (given_up.id, given_up.kind) == ("p002", "killed")
     assert "died" in given_up.reason
     rest = [f"p{i:03d}" for i in range(12) if i != 2]
-    assert samples(tmp_path) == [row for row in undisturbed if row["prompt_id"] in rest]
+    assert samples(tmp_path) == [row for row in undisturbed.samples if row["prompt_id"] in rest]
     again = run([job], engine("vllm", 8))[0]
     assert (again["skipped"], again["rejected"], again["rejected_total"]) == (12, 0, 1)
 
