@@ -1,11 +1,15 @@
-"""A node lost in the middle of each main stage of a run, on a real local cluster; the result is that of a calm run.
+"""A node lost in the middle of each stage that works off the head: what that costs, and whether the result is the same.
 
-    python -m benchmarks.node_loss --json node_loss.json
+    python -m benchmarks.node_loss FOLDER [--stages STAGE ...]
 
-A head without CPUs and three more nodes (cluster/local.sh). The smoke preset runs twice by `allo submit`, in float32:
-once undisturbed, once with the node that does the work killed in sample, warmup, forget, learn and evaluate in turn
-(SIGKILL to the raylet and everything below it), each time replaced by a new one. Then both stores are compared,
-artifact by artifact: tables row by row, weights bit by bit; an engine's log-probs within 1e-5. Times may differ.
+On a real local cluster (cluster/local.sh: a head without CPUs, three more nodes) the smoke preset runs by `allo submit`
+in float32, undisturbed. Then a copy of its store without the results of one stage runs again; in the middle of that
+stage the node at work is killed (SIGKILL to the raylet and everything below it) and replaced. What the stage published
+is compared: tables row by row, weights bit by bit, an engine's log-probs within 1e-5. So it goes on, stage by stage;
+what FOLDER holds is not measured again, and one that is broken off goes on where it was.
+
+The other stages (model, prompts, pairs, locate, and rewrite with the arithmetic teacher) work in the driver, on the
+head. A run that loses its driver goes on when it is started again: tests/test_resume.py.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +32,67 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = 3
-STAGES = ("sample", "warmup", "forget", "learn", "evaluate")
-#: What a stage's work folder is called: evaluation works in that of each model's answers.
-FOLDERS = {"evaluate": "answers"}
+TASK = "{steps: 2, limit: 30, form: bare, train: 200, sft: 200, test: 300}"
 #: Small steps and batches, so that every stage lasts long enough to be hit in its middle.
 SETTINGS = (
-    "data.args={train: 200, sft: 16, test: 300}",
-    "sft.data.args={train: 200, sft: 16, test: 300}",
+    f"data.args={TASK}",
+    f"sft.data.args={TASK}",
     "pair.limit=400",
+    "reward.limit=200",
     "engine.dtype=float32",
     "engine.pool.batch_size=8",
     "engine.pool.batches_in_flight=1",
-    "evaluate.suites=[{name: arithmetic, limit: 120, args: {steps: 2, limit: 30, form: bare, train: 200, sft: 16, "
-    "test: 300}}]",
+    f"evaluate.suites=[{{name: arithmetic, limit: 120, args: {TASK}}}]",
     "trainer.micro_batch_tokens=64",
     "trainer.checkpoint_every=2",
     *(f"{stage}.dtype=float32" for stage in ("sft", "warmup", "reward", "forget", "learn")),
+    *(f"{stage}.batch_size=2" for stage in ("sft", "reward")),
     *(f"{stage}.batch_size=4" for stage in ("warmup", "forget", "learn")),
 )
-#: Columns and files that tell times and memory, or who did the work, never a result.
-MEASURED = ("seconds", "tokens_per_second", "peak_rss", "peak_gpu")
+#: Columns that tell times and memory, never a result.
+MEASURED = {"seconds", "tokens_per_second", "peak_rss", "peak_gpu"}
 #: Log-probs of an engine depend by as much on what else is in its batch; after a loss that is something else.
 ENGINE_ROUNDING = 1e-5
 PATIENCE_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
-class Loss:
-    """One killed node: in which stage, how much of it was there, and what the stage took with and without."""
+class Middle:
+    """When a stage is in its middle, and what it then publishes.
 
-    stage: str
-    node: str
-    there: str
-    resumed: str
-    seconds_undisturbed: float
-    seconds_with_loss: float
-    same_result: bool
+    work: its folder is called <work>-<key>. sign, least: there are so many of these in it.
+    worker: what the command line of the process says that does the work. kinds: of its artifacts.
+    """
+
+    work: str
+    sign: str
+    least: int
+    worker: str
+    kinds: tuple[str, ...]
+
+
+def _trained(stage: str) -> Middle:
+    # Of two checkpoints the first is whole.
+    return Middle(stage, "run/step-*", 2, "RayTrainWorker", (stage,))
+
+
+STAGES = {
+    "sft": _trained("sft"),
+    "sample": Middle("sample", "samples/*.parquet", 1, "InferenceActor", ("sample",)),
+    # All its pairs are one shard, so none is there in its middle.
+    "reference": Middle("reference", "logprobs/*.parquet", 0, "LogprobActor", ("reference",)),
+    "warmup": _trained("warmup"),
+    "reward": _trained("reward"),
+    "token_scores": Middle("token_scores", "scores/*.parquet", 1, "InferenceActor", ("token_scores",)),
+    "forget": _trained("forget"),
+    "learn": _trained("learn"),
+    "evaluate": Middle(
+        "answers", "samples/*.parquet", 1, "InferenceActor", ("evaluate", "answers", "sample_logprobs")
+    ),
+}
 
 
 class Cluster:
@@ -86,217 +112,178 @@ class Cluster:
         }
 
     def command(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [str(ROOT / "cluster" / "local.sh"), *arguments],
-            capture_output=True,
-            text=True,
-            env=self.environment,
-        )
+        """Output of `cluster/local.sh ARGUMENTS`."""
+        words = [str(ROOT / "cluster" / "local.sh"), *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environment)
         if done.returncode:
             raise SystemExit(f"local.sh {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def submit(self, store: Path, runs: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Starts `allo submit -- align ...`; its output goes to `log`."""
+    @contextmanager
+    def align(self, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """`allo submit -- align` into `folder`; the block ends when the run does, which has to succeed."""
         exports = dict(word.split("=", 1) for word in self.command("env").split()[1:])
-        settings = [f"store={store}", f"runs={runs}", *SETTINGS]
+        settings = [f"store={folder / 'store'}", f"runs={folder / 'runs'}", *SETTINGS]
         words = ["submit", "--", "align", "--config", "smoke"]
         words += [word for setting in settings for word in ("--set", setting)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *words],
-            cwd=ROOT,
-            env={**self.environment, **exports},
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log"
+        with log.open("wb") as file:
+            run = subprocess.Popen(
+                [sys.executable, "-m", "jobs.cli", *words],
+                cwd=ROOT,
+                env={**self.environment, **exports},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield run
+            if run.wait(PATIENCE_SECONDS):
+                raise SystemExit(f"the run failed; see {log}:\n{log.read_text()[-3000:]}")
+        finally:
+            run.kill()
 
-    def node_of(self, wanted: Any) -> str | None:
-        """The node with a process for which `wanted` is true."""
+    def node_of(self, worker: str) -> str | None:
+        """The node with a process that has `worker` in its command line."""
         for file in self.folder.glob("node*.pid"):
-            try:
-                family = psutil.Process(int(file.read_text().split()[0])).children(recursive=True)
-            except psutil.NoSuchProcess:
-                continue
-            for process in family:
-                try:
-                    if wanted(process):
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(int(file.read_text().split()[0])).children(recursive=True):
+                    if worker in " ".join(process.cmdline()):
                         return file.stem
-                except psutil.NoSuchProcess:
-                    continue
         return None
+
+
+@contextmanager
+def started() -> Iterator[Cluster]:
+    """A cluster for the time of the block."""
+    # Short: Ray puts sockets below it, whose paths have at most 107 characters.
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="allo-", dir="/tmp")))
+    try:
+        cluster.command("start", str(NODES))
+        yield cluster
+    finally:
+        cluster.command("stop")
+        shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--keep", type=Path, help="keep both stores and logs in this folder")
+    parser.add_argument("folder", type=Path, help="takes stores, logs, and a JSON file for each stage")
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES], default=[*STAGES], help="by default all")
     told = parser.parse_args()
-    work = told.keep or Path(tempfile.mkdtemp(prefix="allo-loss-", dir="/tmp"))
-    work.mkdir(parents=True, exist_ok=True)
-    # Short: Ray puts sockets below it, whose paths have at most 107 characters.
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="allo-", dir="/tmp")))
-    try:
-        cluster.command("start", str(NODES))
-        calm = _wait(cluster.submit(work / "calm", work / "calm-runs", work / "calm.log"), work / "calm.log")
-        started = time.monotonic()
-        run = cluster.submit(work / "store", work / "runs", work / "run.log")
-        killed = {stage: _lose(cluster, run, work / "store", stage, work / "run.log") for stage in STAGES}
-        _wait(run, work / "run.log")
-        disturbed = time.monotonic() - started
-    finally:
-        cluster.command("stop")
-        shutil.rmtree(cluster.folder, ignore_errors=True)
-    differing = list(differences(work / "calm", work / "store"))
-    losses = [_loss(work, stage, *killed[stage], differing) for stage in STAGES]
-    report = {
-        "nodes": NODES + 1,
-        "artifacts": sum(1 for _ in (work / "calm").glob("*/*/artifact.json")),
-        "differing": differing,
-        "seconds_undisturbed": round(calm, 1),
-        "seconds_with_losses": round(disturbed, 1),
-        "losses": [asdict(loss) for loss in losses],
+    folder = told.folder.resolve()
+    files = {stage: folder / f"{stage}.json" for stage in STAGES}
+    if missing := [stage for stage in told.stages if not files[stage].exists()]:
+        with started() as cluster:
+            calm = folder / "calm"
+            if not (calm / "runs" / "smoke" / "summary.json").exists():
+                with cluster.align(calm):
+                    pass
+            for stage in missing:
+                record = lose(cluster, calm / "store", folder / stage, STAGES[stage])
+                files[stage].write_text(json.dumps(record, indent=1))
+    records = {stage: json.loads(file.read_text()) for stage, file in files.items() if file.exists()}
+    print(table(records))
+    sys.exit(any(record["differing"] for record in records.values()))
+
+
+def lose(cluster: Cluster, calm: Path, folder: Path, middle: Middle) -> dict[str, Any]:
+    """Runs one stage again in a copy of the store `calm`, with its node killed on the way; what became of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    store = folder / "store"
+    shutil.copytree(calm, store)
+    for kind in middle.kinds:
+        shutil.rmtree(store / kind)
+    with cluster.align(folder) as run:
+        while (caught := _caught(cluster, store, middle)) is None:
+            if run.poll() is not None:
+                raise SystemExit(f"{folder.name} was never seen in its middle; see {folder / 'log'}")
+            time.sleep(0.02)
+        work, node, there = caught
+        cluster.command("kill", node)
+        if not work.exists():
+            raise SystemExit(f"{folder.name} was over before its node was gone: it has to last longer")
+        cluster.command("add", node, "--num-cpus", "2")
+    before, after = (_told(root / middle.kinds[0]) for root in (calm, store))
+    resumed = after[0]["facts"].get("resumed_at")
+    return {
+        "went_on_from": f"{there} shards" if resumed is None else f"step {resumed}",
+        "seconds": sum(told["seconds"] for told in before),
+        "seconds_with_loss": sum(told["seconds"] for told in after),
+        "differing": differing(calm, store, middle.kinds),
     }
-    if told.json:
-        told.json.write_text(json.dumps(report, indent=1))
-    if not told.keep:
-        shutil.rmtree(work)
-    print(table(report))
-    sys.exit(bool(differing))
 
 
-def table(report: dict[str, Any]) -> str:
+def _caught(cluster: Cluster, store: Path, middle: Middle) -> tuple[Path, str, int] | None:
+    """A work folder in its middle, the node at work, and how much lies there."""
+    for work in (store / ".work").glob(f"{middle.work}-*"):
+        there = len(list(work.glob(middle.sign)))
+        if there >= middle.least and (node := cluster.node_of(middle.worker)) is not None:
+            return work, node, there
+    return None
+
+
+def _told(kind: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted(kind.glob("*/artifact.json"))]
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown."""
     lines = [
-        "| stage | done when its node was killed | went on from | seconds, undisturbed | with the loss | result |",
-        "|---|---|---|---|---|---|",
+        "| stage | went on from | seconds, undisturbed | with its node lost | result |",
+        "|---|---|---|---|---|",
     ]
-    for loss in report["losses"]:
-        result = "the same" if loss["same_result"] else "DIFFERS"
+    for stage, told in records.items():
+        result = f"DIFFERS: {', '.join(told['differing'])}" if told["differing"] else "the same"
         lines.append(
-            f"| {loss['stage']} | {loss['there']} | {loss['resumed']} | {loss['seconds_undisturbed']:.0f} | "
-            f"{loss['seconds_with_loss']:.0f} | {result} |"
+            f"| {stage} | {told['went_on_from']} | {told['seconds']:.0f} | {told['seconds_with_loss']:.0f} | {result} |"
         )
-    lines.append(
-        f"\n{report['artifacts']} artifacts, {len(report['differing'])} differ. The whole run: "
-        f"{report['seconds_undisturbed']:.0f} s undisturbed, {report['seconds_with_losses']:.0f} s with "
-        f"{len(report['losses'])} nodes lost."
-    )
     return "\n".join(lines)
 
 
-def _wait(run: subprocess.Popen[bytes], log: Path) -> float:
-    started = time.monotonic()
-    if run.wait():
-        raise SystemExit(f"the run failed; see {log}:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - started
+def differing(one: Path, two: Path, kinds: tuple[str, ...]) -> list[str]:
+    """Artifacts (kind/key) of two stores whose content is not the same, or that only one of them has."""
+    first, second = (
+        {f"{kind}/{path.name}" for kind in kinds for path in (store / kind).iterdir()} for store in (one, two)
+    )
+    return sorted(first ^ second) + [key for key in sorted(first & second) if not same(one / key, two / key)]
 
 
-def _lose(
-    cluster: Cluster, run: subprocess.Popen[bytes], store: Path, stage: str, log: Path
-) -> tuple[str, str]:
-    """Waits until the stage is in its middle, kills its node, starts a new one; returns the node and what was done."""
-    patience = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < patience and run.poll() is None:
-        for folder in (store / ".work").glob(f"{FOLDERS.get(stage, stage)}-*"):
-            there, node = _trained(cluster, folder) if stage in STAGES[1:4] else _answered(cluster, folder)
-            if there and node:
-                cluster.command("kill", node)
-                cluster.command("add", node, "--num-cpus", "2")
-                return node, there
-        time.sleep(0.05)
-    raise SystemExit(f"{stage} was never seen in its middle; see {log}:\n{log.read_text()[-3000:]}")
-
-
-def _trained(cluster: Cluster, folder: Path) -> tuple[str, str | None]:
-    """The last step told of a training job that has a checkpoint, and its node."""
-    if len(list((folder / "run").glob("step-*"))) < 2:  # the first of them is whole
-        return "", None
-    try:
-        told = json.loads((folder / "progress.json").read_text())
-    except (OSError, ValueError):
-        return "", None
-    return f"{told['done']} steps", cluster.node_of(lambda process: process.pid == told["pid"])
-
-
-def _answered(cluster: Cluster, folder: Path) -> tuple[str, str | None]:
-    """How many shards a batch job has published, and its engine's node."""
-    count = len(list((folder / "samples").glob("*.parquet")))
-    if not count:
-        return "", None
-    return f"{count} shards", cluster.node_of(lambda process: "InferenceActor" in " ".join(process.cmdline()))
-
-
-def _loss(work: Path, stage: str, node: str, there: str, differing: list[str]) -> Loss:
-    def seconds(store: str) -> float:
-        return sum(
-            json.loads(file.read_text())["seconds"] for file in (work / store / stage).glob("*/artifact.json")
-        )
-
-    resumed = "the rows left"
-    if stage in STAGES[1:4]:
-        [facts] = (work / "store" / stage).glob("*/train.json")
-        resumed = f"step {json.loads(facts.read_text())['resumed_at']}"
-    own = (stage, FOLDERS.get(stage, stage))
-    same = not [name for name in differing if name.split("/")[0] in own]
-    return Loss(stage, node, there, resumed, round(seconds("calm"), 1), round(seconds("store"), 1), same)
-
-
-def differences(one: Path, two: Path) -> Iterator[str]:
-    """Artifacts of two stores (stage/key) whose content is not the same, or that only one has."""
-    keys = [
-        {str(file.parent.relative_to(store)) for file in store.glob("*/*/artifact.json")}
-        for store in (one, two)
-    ]
-    for key in sorted(keys[0] | keys[1]):
-        if key not in keys[0] or key not in keys[1] or not _same(one / key, two / key):
-            yield key
-
-
-def _same(one: Path, two: Path) -> bool:
-    """Whether tables and weights of two artifacts are equal; rows of a table of shards in any order of shards."""
-    weights = [{str(file.relative_to(root)) for file in root.rglob("*.safetensors")} for root in (one, two)]
-    if weights[0] != weights[1]:
-        return False
-    for name in weights[0]:
-        first, second = load_file(one / name), load_file(two / name)
-        if first.keys() != second.keys() or not all(first[key].equal(second[key]) for key in first):
-            return False
-    first, second = _tables(one), _tables(two)
+def same(one: Path, two: Path) -> bool:
+    """Whether the weights of two artifacts are the same bytes, and their tables the same rows but for rounding."""
+    first, second = contents(one), contents(two)
     return first.keys() == second.keys() and all(
-        first[name][0] == second[name][0]
-        and len(first[name][1]) == len(second[name][1])
-        and np.allclose(first[name][1], second[name][1], rtol=0, atol=ENGINE_ROUNDING)
-        for name in first
+        exact == second[name][0]
+        and floats.shape == second[name][1].shape
+        and np.allclose(floats, second[name][1], rtol=0, atol=ENGINE_ROUNDING)
+        for name, (exact, floats) in first.items()
     )
 
 
-def _tables(root: Path) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Folder or file of each table -> its rows without floats and times, in one order, and all their floats."""
+def contents(root: Path) -> dict[str, tuple[Any, np.ndarray]]:
+    """File of weights -> its bytes. Table, a file or a folder of shards -> its rows without floats, in one order, and
+    all their floats."""
+    out: dict[str, tuple[Any, np.ndarray]] = {
+        str(file.relative_to(root)): (file.read_bytes(), np.zeros(0)) for file in root.rglob("*.safetensors")
+    }
     found: dict[str, list[pa.Table]] = {}
-    for file in sorted(root.rglob("*.parquet")):
-        shards = file.parent != root and (file.parent / "owner.json").exists()
-        name = str((file.parent if shards else file).relative_to(root))
-        found.setdefault(name, []).append(pq.read_table(file))
-    out = {}
-    for name, tables in found.items():
-        rows: dict[
-            str, list[float]
-        ] = {}  # a batch that was answered twice stands there twice; readers take it once
-        for row in pa.concat_tables(tables).to_pylist():
-            told = {column: value for column, value in row.items() if column not in MEASURED}
-            floats = [value for column in told for value in _floats(told[column])]
-            exact = {column: value for column, value in told.items() if not _floats(value)}
-            rows.setdefault(json.dumps(exact, default=str), floats)
-        order = sorted(rows)
-        out[name] = order, np.array([value for key in order for value in rows[key]])
+    for file in root.rglob("*.parquet"):
+        whole = file.parent if (file.parent / "owner.json").exists() else file
+        found.setdefault(str(whole.relative_to(root)), []).append(pq.read_table(file))
+    for name, parts in found.items():
+        rows: dict[str, list[float]] = {}  # a batch answered twice is there twice; readers take it once
+        for row in pa.concat_tables(parts).drop_columns([*MEASURED & set(parts[0].column_names)]).to_pylist():
+            floats = {column: numbers for column, value in row.items() if (numbers := _floats(value))}
+            exact = {column: value for column, value in row.items() if column not in floats}
+            rows.setdefault(json.dumps(exact, default=str), [one for many in floats.values() for one in many])
+        out[name] = sorted(rows), np.array([number for key in sorted(rows) for number in rows[key]])
     return out
 
 
 def _floats(value: Any) -> list[float]:
-    several = value if isinstance(value, list) else [value]
-    return [one for one in several if isinstance(one, float)]
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
 
 
 if __name__ == "__main__":
