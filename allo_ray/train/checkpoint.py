@@ -1,7 +1,6 @@
 """Checkpoints of size K: values, moments, position, and the metrics so far.
 
-A checkpoint is a folder with `state.safetensors` and `position.json`. It is written under another name and renamed when
-it is whole. The state is the same for every number of workers and every sharding (updater.Updater.state).
+A checkpoint is a folder with `state.safetensors` and `position.json`. It stands at its place only when it is `whole`. The state is the same for every number of workers and every sharding (updater.Updater.state).
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,23 @@ class Progress:
         return Progress(self.step, self.skipped, list(self.metrics))
 
 
-def save(folder: Path, state: dict[str, torch.Tensor], progress: Progress) -> None:
-    """Writes a checkpoint to `folder`, in place of what is there."""
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Another folder to write into, which becomes `folder`, in place of what is there, when all is written."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file(state, part / "state.safetensors")
-    described = {"step": progress.step, "skipped": progress.skipped, "metrics": progress.metrics}
-    (part / "position.json").write_text(json.dumps(described))
+    yield part
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
+
+
+def save(folder: Path, state: dict[str, torch.Tensor], progress: Progress) -> None:
+    """Writes a checkpoint to `folder`."""
+    with whole(folder) as part:
+        save_file(state, part / "state.safetensors")
+        described = {"step": progress.step, "skipped": progress.skipped, "metrics": progress.metrics}
+        (part / "position.json").write_text(json.dumps(described))
 
 
 def latest(run_folder: Path) -> Path | None:

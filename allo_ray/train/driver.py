@@ -79,11 +79,13 @@ def train(
     metrics = told.pop("metrics")
     tables.METRICS.write(metrics, out / METRICS)
     record(metrics)
-    os.replace(final / DELTA, out / DELTA)
+    if (final / DELTA).exists():  # an earlier run may have been ended right below
+        os.replace(final / DELTA, out / DELTA)
     facts = {
         **told,
         "rows": count,
-        "startup_seconds": told["timeline"].get("first_batch", called) - called,
+        # Below 0 where an earlier run had finished and was ended before it could say so.
+        "startup_seconds": max(0.0, told["timeline"].get("first_batch", called) - called),
         "timeline": {event: moment - called for event, moment in told["timeline"].items()},
         "seconds": time.time() - called,
         "loss": job.loss,

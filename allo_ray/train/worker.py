@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -236,11 +234,21 @@ class _Reporter:
         if self.plan.worker != 0:
             ray.train.report({})
             return
-        folder = Path(tempfile.mkdtemp(prefix="allo-result-"))
-        if state is not None and neurons is not None:
-            values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
-            base = neurons.selection.base or fingerprint(self.base)
-            delta.save(folder / DELTA, values, neurons.selection, base)
-        (folder / FACTS).write_text(json.dumps(facts))
-        ray.train.report({}, checkpoint=Checkpoint.from_directory(str(folder)), checkpoint_dir_name=RESULT)
-        shutil.rmtree(folder, ignore_errors=True)
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            place = self.out / RUN / name
+            with checkpoint.whole(place) as folder:
+                if state is not None and neurons is not None:
+                    values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
+                    base = neurons.selection.base or fingerprint(self.base)
+                    delta.save(folder / DELTA, values, neurons.selection, base)
+                (folder / FACTS).write_text(json.dumps(facts))
+            return Checkpoint(str(place), LocalFileSystem())
+
+        ray.train.report(
+            {},
+            checkpoint=Checkpoint.from_directory(str(self.out)),
+            checkpoint_dir_name=RESULT,
+            checkpoint_upload_fn=write,
+            delete_local_checkpoint_after_upload=False,
+        )

@@ -229,6 +229,18 @@ def test_learning_rate_by_hand() -> None:
     assert [learning_rate(constant, step, 3) for step in range(3)] == [2.0, 2.0, 2.0]
 
 
+def test_what_is_cut_off_while_it_is_written_is_not_there(tmp_path: Path) -> None:
+    """The next attempt starts from an empty folder."""
+    place = tmp_path / "result"
+    with pytest.raises(KeyboardInterrupt), checkpoint.whole(place) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert not place.exists()
+    with checkpoint.whole(place) as folder:
+        (folder / "all").touch()
+    assert [file.name for file in place.iterdir()] == ["all"]
+
+
 def test_checkpoints_are_asked_for_between_steps(
     tiny_llama: Path, make_rows, with_reference, make_updater
 ) -> None:
