@@ -1,6 +1,7 @@
 """Checkpoints of size K: values, moments, position, and the metrics so far.
 
-A checkpoint is a folder with `state.safetensors` and `position.json`. It stands at its place only when it is `whole`. The state is the same for every number of workers and every sharding (updater.Updater.state).
+A checkpoint is a folder with `state.safetensors` and `position.json`. It stands at its place only when it is `whole`.
+The state is the same for every number of workers and every sharding (updater.Updater.state).
 """
 
 from __future__ import annotations

@@ -232,9 +232,14 @@ def test_learning_rate_by_hand() -> None:
 def test_what_is_cut_off_while_it_is_written_is_not_there(tmp_path: Path) -> None:
     """The next attempt starts from an empty folder."""
     place = tmp_path / "result"
-    with pytest.raises(KeyboardInterrupt), checkpoint.whole(place) as folder:
-        (folder / "half").touch()
-        raise KeyboardInterrupt
+
+    def cut_off() -> None:
+        with checkpoint.whole(place) as folder:
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
     assert not place.exists()
     with checkpoint.whole(place) as folder:
         (folder / "all").touch()
