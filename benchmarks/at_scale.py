@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import threading
 import time
@@ -44,6 +43,7 @@ from allo_ray.data.verdicts import verdicts_of
 from allo_ray.engines.base import Engine, Sampling
 from allo_ray.models import tiny_model
 from allo_ray.session import quiet, start_local
+from allo_ray.train.process import peak_rss
 
 MILLION, GIB = 10**6, 1 << 30
 #: Words of made-up text, their lengths drawn once; a word counts as 1.3 tokens.
@@ -125,19 +125,19 @@ def measure_ids(folder: Path, rows: int, per_shard: int) -> dict[str, float]:
         shards.index(Answered.of(files[first : first + step], chunks[first : first + step]))
     size = sum(file.stat().st_size for file in (folder / "known" / "index").iterdir())
     del chunks, files, names
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak_rss(), time.perf_counter()
     done = shards.done()
     known = time.perf_counter() - start
     job = Job(folder / "ids.parquet", "", SampleWork(Sampling(), 1, 0), str(folder / "known"))
     start = time.perf_counter()
     assert count_rows(job, done) == (rows, 0)
     counted = time.perf_counter() - start
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_rss() - before
     return {
         "index_bytes_a_prompt": size / rows,
         "done_seconds_a_million_prompts": known * MILLION / rows,
         "count_seconds_a_million_prompts": counted * MILLION / rows,
-        "driver_bytes_a_prompt": grown * 1024 / rows,
+        "driver_bytes_a_prompt": grown / rows,
     }
 
 

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -243,7 +242,7 @@ def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], th
     """Runs one contender in this process."""
     import torch
 
-    from allo_ray.train.process import prepare_process
+    from allo_ray.train.process import peak_rss, prepare_process
 
     extra: dict[str, float] = {}
     clock = Clock()
@@ -261,7 +260,7 @@ def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], th
     return {
         "step_seconds": wall,
         "step_cpu_seconds": cpu,
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss": peak_rss(),
         "first_loss": loss,
         **extra,
     }

@@ -6,7 +6,6 @@ Shapes: B instances of a global batch, R response tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from allo_ray.losses.base import LossInputs, LossOutput
 from allo_ray.losses.registry import LOSSES
 from allo_ray.train.batching import Packed, pack
 from allo_ray.train.checkpoint import Progress
+from allo_ray.train.process import peak_rss
 from allo_ray.train.rows import Row, Side, micro_batches
 from allo_ray.train.updater import Updater
 
@@ -216,7 +216,7 @@ def _peaks(plan: Plan, add_up: Callable[[torch.Tensor], None]) -> dict[str, int 
     gpu = plan.device.type == "cuda"
     # A sum over the workers in which each has columns of its own: the maximum without another kind of call.
     held = torch.zeros(2, plan.workers, dtype=torch.float64)
-    held[0, plan.worker] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held[0, plan.worker] = peak_rss()
     held[1, plan.worker] = torch.cuda.max_memory_allocated(plan.device) if gpu else 0
     add_up(held)
     rss, allocated = held.amax(1).tolist()

@@ -37,6 +37,15 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
         torch.set_num_threads(threads)
 
 
+def peak_rss() -> int:
+    """Bytes of memory that this process has held at most (Linux).
+
+    `ru_maxrss` would not do: a child starts with that of the process that forked it.
+    """
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
 def masters_of(
     base: str, layers: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]] | None:

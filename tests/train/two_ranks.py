@@ -9,7 +9,6 @@ python -m tests.train.two_ranks RANK PORT MODEL ROWS SELECTION OUT: rank 0 write
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from allo_ray.train import checkpoint
 from allo_ray.train.checkpoint import Progress
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.loop import Plan, run
+from allo_ray.train.process import peak_rss
 from allo_ray.train.rows import Row, micro_batches, rows_of
 from allo_ray.train.zero import ZeroUpdater
 from tests.train.conftest import overflowing
@@ -76,7 +76,7 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
         reached = run(updater, plan, batches[:2], Progress(), add_up)
         told = reached.metrics[-1]
         assert told["tokens_per_second"] == told["tokens"] / told["seconds"] > 0
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = peak_rss()
         assert rank == 1 or told["peak_rss"] > own + (100 << 20), "rank 1 has held more"
         state = updater.state()
         folder = out / f"step{stage}"
