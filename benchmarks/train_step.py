@@ -3,10 +3,11 @@
     python -m benchmarks.train_step --json FILE [--shape quickstart|long] [--model FOLDER] [--pairs 40] [--threads 1]
         [--dtype bfloat16|float32]
 
-Each contender runs in a process of its own, one after the other, on the same pairs, with as many threads and in one
-dtype (bf16; float32 on a CPU without instructions for bf16), micro-batches of 8 pairs, an optimizer step after each,
-no gradient checkpointing, sigmoid DPO with beta 0.1. Ours trains a random 10 % of the neurons, TRL all of them (it has
-no other way). The first step is left out of the medians.
+Each contender runs in a process of its own, one after the other, on the same pairs (texts for TRL, which brings its
+tokenizer into the process; token ids for ours, as its workers read them), with as many threads and in one dtype (bf16;
+float32 on a CPU without instructions for bf16), micro-batches of 8 pairs, an optimizer step after each, no gradient
+checkpointing, sigmoid DPO with beta 0.1. Ours trains a random 10 % of the neurons, TRL all of them (it has no other
+way). The first step is left out of the medians.
 
 Shapes: "quickstart" has that run's pairs (prompts of about 15 tokens, responses of about 4); "long" has prompts of
 about 75 and responses of about 50 tokens, which differ from their second token on.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import statistics
 import subprocess
@@ -124,14 +126,11 @@ def run_trl(model: str, dtype: str, pairs: list[dict[str, str]], precompute: boo
         return float(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
 
 
-def run_ours(
-    model: str, dtype: Dtype, pairs: list[dict[str, str]], clock: Clock
-) -> tuple[float, dict[str, float]]:
+def run_ours(model: str, dtype: Dtype, rows: list[Any], clock: Clock) -> tuple[float, dict[str, float]]:
     """The loop of `allo_ray.train` on plain torch; returns the loss of step 1 and the matrix arithmetic."""
     from dataclasses import replace
 
     import torch
-    from transformers import AutoTokenizer
 
     from allo_ray.config.train import TrainConfig
     from allo_ray.neurons.parametrize import attach
@@ -142,7 +141,6 @@ def run_ours(
     from allo_ray.train.loop import Plan, run
     from allo_ray.train.updater import PlainUpdater
 
-    rows = token_rows(AutoTokenizer.from_pretrained(model), pairs)
     loaded = load_model(model, getattr(torch, dtype))
     policy, whole = Policy(loaded), 1 << 20
     for first in range(0, len(rows), BATCH):
@@ -238,8 +236,8 @@ def arithmetic(model: Any, batch: list[Any]) -> dict[str, float]:
     return {"operations": operations, "matrix_rate": rate, "matrix_seconds": operations / rate}
 
 
-def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], threads: int) -> dict[str, Any]:
-    """Runs one contender in this process."""
+def contend(name: str, model: str, dtype: Dtype, folder: Path, threads: int) -> dict[str, Any]:
+    """Runs one contender in this process, on what `compare` left in the folder."""
     import torch
 
     from allo_ray.train.process import peak_rss, prepare_process
@@ -248,9 +246,10 @@ def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], th
     clock = Clock()
     if name == "ours":
         prepare_process(threads, gpu=False)
-        loss, extra = run_ours(model, dtype, pairs, clock)
+        loss, extra = run_ours(model, dtype, pickle.loads((folder / "rows").read_bytes()), clock)
     else:
         torch.set_num_threads(threads)
+        pairs = json.loads((folder / "pairs").read_text())
         loss = run_trl(model, dtype, pairs, name == "trl_precompute", clock)
     measured = clock.steps[1:]
     wall = statistics.median(step[0] for step in measured)
@@ -266,28 +265,35 @@ def contend(name: str, model: str, dtype: Dtype, pairs: list[dict[str, str]], th
     }
 
 
-def in_own_process(
-    name: str, model: str, dtype: Dtype, shape: str, count: int, threads: int
-) -> dict[str, Any]:
+def in_own_process(name: str, model: str, dtype: Dtype, folder: Path, threads: int) -> dict[str, Any]:
     """Starts this module again for one contender."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "result.json"
-        told = ["--contender", name, "--json", str(target), "--model", model, "--shape", shape]
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step", *told]
-        command += ["--pairs", str(count), "--threads", str(threads), "--dtype", dtype]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-        return json.loads(target.read_text())
+    target = folder / f"{name}.json"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.train_step",
+        "--contender",
+        name,
+        str(folder),
+    ]
+    command += ["--json", str(target), "--model", model, "--threads", str(threads), "--dtype", dtype]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+    return json.loads(target.read_text())
 
 
-def compare(model: str, dtype: Dtype, shape: str, count: int, threads: int) -> dict[str, Any]:
+def compare(model: str, dtype: Dtype, shape: str, count: int, threads: int, folder: Path) -> dict[str, Any]:
     """All contenders and their ratios."""
     from transformers import AutoTokenizer
 
     pairs = make_pairs(shape, count)
     rows = token_rows(AutoTokenizer.from_pretrained(model), pairs)
+    (folder / "pairs").write_text(json.dumps(pairs))
+    (folder / "rows").write_bytes(pickle.dumps(rows))
     tokens = sum(2 * len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rows) * BATCH / count
     told: dict[str, Any] = {
         "shape": shape,
@@ -298,7 +304,7 @@ def compare(model: str, dtype: Dtype, shape: str, count: int, threads: int) -> d
         "tokens_of_response": statistics.mean(len(ids) for row in rows for ids in (row.chosen, row.rejected)),
     }
     for name in CONTENDERS:
-        told[name] = in_own_process(name, model, dtype, shape, count, threads)
+        told[name] = in_own_process(name, model, dtype, folder, threads)
         told[name]["tokens_per_second"] = tokens / told[name]["step_seconds"]
         print(name, json.dumps(told[name]), flush=True)
     ratio: Callable[[str, str], float] = lambda name, key: told[name][key] / told["ours"][key]  # noqa: E731
@@ -324,20 +330,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40, help="at least 16; 8 a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=cpu_dtype())
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     quiet()
-    with tempfile.TemporaryDirectory() as folder:
-        model = asked.model
+    with tempfile.TemporaryDirectory() as made:
+        folder, model = Path(made), asked.model
         if model is None:
             from allo_ray.models import smollm2
 
-            model = str(smollm2(Path(folder) / "model"))
+            model = str(smollm2(folder / "model"))
         if asked.contender:
-            pairs = make_pairs(asked.shape, asked.pairs)
-            found = contend(asked.contender, model, asked.dtype, pairs, asked.threads)
+            name, given = asked.contender
+            found = contend(name, model, asked.dtype, Path(given), asked.threads)
         else:
-            found = compare(model, asked.dtype, asked.shape, asked.pairs, asked.threads)
+            found = compare(model, asked.dtype, asked.shape, asked.pairs, asked.threads, folder)
     Path(asked.json).write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -6,7 +6,8 @@ optimizer, a gradient buffer, a clipping norm, a checkpoint, a ZeRO partition or
 them have the size of K and need no changes. A parametrization stands where the module reads W: it hands on an alias
 of W (made from `.data`, so autograd sees no write) whose backward takes the dense gradient of W, gathers its
 entries I, casts these to float32 and lets autograd add them to `values.grad`. The dense gradient dies there, layer by
-layer. After an optimizer step `write()` scatters `values` into W, cast to W's dtype, once a tensor.
+layer; that of an embedding or a head, the largest of all, is never made (`handover`). After an optimizer step `write()`
+scatters `values` into W, cast to W's dtype, once a tensor.
 Neurons outside I are never written, so they stay bit-identical, whatever the weight decay.
 A tensor without a selected neuron stays plain and frozen: its weight gradient is never even computed.
 Where everything is selected (dense) there is no index, and a float32 W shares its storage with `values`.
@@ -25,31 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from allo_ray.errors import UserError
+from allo_ray.neurons.handover import Handover
 from allo_ray.neurons.selection import Selection, floating_parameters
-
-
-class _Handover(torch.autograd.Function):
-    """Hands W on; sends the gradient of W, gathered and in float32, to `values`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor | None) -> Tensor:
-        ctx.indices = indices
-        # An alias with its own version counter: writing W between two forwards does not invalidate the first one.
-        return weight.data
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        flat = gradients[0].reshape(-1)
-        if ctx.indices is not None:
-            flat = flat.index_select(0, ctx.indices)
-        return flat.float(), None, None
 
 
 class SelectedEntries(nn.Module):
@@ -64,7 +48,7 @@ class SelectedEntries(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Takes the frozen weight, returns its alias, which requires a gradient wherever `values` does."""
-        return _Handover.apply(self.values, weight, self.indices)  # pyright: ignore[reportReturnType]
+        return Handover.apply(self.values, weight, self.indices)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -135,6 +119,8 @@ class Neurons:
         """Takes the parametrizations off: the model is a plain one again, with the trained weights, all frozen."""
         for tensor in self.attached:
             for module, attribute in tensor.places:
+                if isinstance(module, nn.Embedding):
+                    module.sparse = True
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
 
 
@@ -187,6 +173,9 @@ def attach(
             start, None if selection.dense else selection.indices[name].to(weight.device)
         )
         for module, attribute in places[id(weight)]:
+            if isinstance(module, nn.Embedding) and not selection.dense:
+                # Its gradient then has the rows of a batch's tokens alone, not all V of them; see `handover`.
+                module.sparse = False
             parametrize.register_parametrization(module, attribute, entries, unsafe=True)
         attached.append(Attached(name, weight, entries, places[id(weight)]))
     neurons = Neurons(model, selection, attached)

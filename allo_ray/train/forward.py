@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from allo_ray.errors import UserError
+from allo_ray.neurons.handover import BlockGradient, block_node
 from allo_ray.train.attention import ATTENTION, register
 from allo_ray.train.batching import Packed
 from allo_ray.train.fused import fuse
@@ -20,6 +21,8 @@ from allo_ray.train.fused import fuse
 #: Bytes of float32 logits made at a time, and of bf16 probabilities kept for the backward pass at most: [U, V] is
 #: never whole in memory however large the micro-batch.
 CHUNK_BYTES, KEPT_BYTES = 1 << 25, 1 << 26
+#: Bytes of a block of the head's gradient: small enough for a CPU's cache, large enough for a GPU's launches.
+BLOCK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 27}
 #: Settings of model configs that change logits after the head, with the value that changes nothing.
 _LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -27,9 +30,10 @@ _LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_
 class _HeadLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target], in chunks of states.
 
-    hidden [U, E], weight [V, E], bias [V] or None, targets [U] -> [U] float32. Softmax is float32. The probabilities
-    are kept in the weight's dtype as long as they fit into `KEPT_BYTES`; beyond that the backward pass computes them
-    again, of the states to which a gradient comes.
+    hidden [U, E], weight [V, E], bias [V] or None, targets [U] -> [U] float32. `node` (`handover.block_node`)
+    takes the weight's gradient in blocks. Softmax is float32. The probabilities are kept in the weight's dtype as long
+    as they fit into `KEPT_BYTES`; beyond that the backward pass computes them again, of the states to which a gradient
+    comes.
     """
 
     @staticmethod
@@ -40,6 +44,7 @@ class _HeadLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk: int,
+        node: Any,
     ) -> torch.Tensor:
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         room = KEPT_BYTES // (weight.shape[0] * weight.element_size())
@@ -55,7 +60,7 @@ class _HeadLogProbs(torch.autograd.Function):
             if (start + chunk) <= room and any(ctx.needs_input_grad):
                 kept.append(probabilities.to(weight.dtype))
         ctx.save_for_backward(hidden, weight, bias, targets, *kept)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.node = chunk, node
         return out
 
     @staticmethod
@@ -64,7 +69,13 @@ class _HeadLogProbs(torch.autograd.Function):
         upstream = gradients[0]
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if for_hidden else None
-        grad_weight = grad_bias = None
+        grad_weight = grad_bias = blocks = None
+        if for_weight and ctx.node is not None:
+            rows_of_block = max(
+                1, BLOCK_BYTES[weight.device.type] // (weight.shape[1] * weight.element_size())
+            )
+            blocks = BlockGradient(ctx.node, weight, rows_of_block)
+            grad_weight = blocks.whole
         # States without a gradient are left out of the products: those of tokens that the loss drops (q = 0), and of
         # tokens that both responses of a pair begin with, where it cancels out. On a GPU the host waits here for the
         # forward pass, once a micro-batch; that is less than the products of the states left out.
@@ -89,7 +100,10 @@ class _HeadLogProbs(torch.autograd.Function):
             slope.scatter_add_(1, targets[rows, None], gradient.to(slope.dtype))
             if grad_hidden is not None:
                 grad_hidden[rows] = slope @ weight
-            if for_weight:
+            if blocks is not None:
+                for block, of_rows in enumerate(slope.t().split(rows_of_block)):
+                    blocks.add(block, of_rows @ states)
+            elif for_weight:
                 if grad_weight is None:
                     grad_weight = slope.t() @ states
                 else:
@@ -102,7 +116,7 @@ class _HeadLogProbs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         if for_bias and grad_bias is None:
             grad_bias = torch.zeros_like(bias)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class Policy(nn.Module):
@@ -131,7 +145,8 @@ class Policy(nn.Module):
         if len(batch.states) == 0:
             # No token of weight: still part of the graph, so that every worker takes the same collective calls.
             return batch.reference + hidden.float().sum() * 0.0
-        answers = _HeadLogProbs.apply(hidden, weight, getattr(head, "bias", None), batch.targets, chunk)
+        bias = getattr(head, "bias", None)
+        answers = _HeadLogProbs.apply(hidden, weight, bias, batch.targets, chunk, block_node(weight))
         headless = batch.source < 0
         picked = answers.index_select(0, batch.source.clamp(min=0))
         return torch.where(headless, batch.reference, picked)

@@ -221,13 +221,13 @@ def test_tensors_without_a_selected_neuron_cost_nothing():
 
 def test_dense_gradients_live_for_one_layer_only(monkeypatch: pytest.MonkeyPatch):
     """When a weight's gradient arrives at the gather, that of the weight before is gone already."""
-    from allo_ray.neurons import parametrize
+    from allo_ray.neurons import handover
 
     model = make_model("qwen")
     neurons = attach(model, random_selection(model))
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    gather = parametrize._Handover.backward
+    gather = handover.Handover.backward
 
     def watched(ctx: object, *gradients: Tensor) -> tuple:
         nonlocal most
@@ -236,7 +236,7 @@ def test_dense_gradients_live_for_one_layer_only(monkeypatch: pytest.MonkeyPatch
         most = max(most, len(alive))
         return gather(ctx, *gradients)
 
-    monkeypatch.setattr(parametrize._Handover, "backward", staticmethod(watched))
+    monkeypatch.setattr(handover.Handover, "backward", staticmethod(watched))
     gc.disable()
     try:
         nll(0)(model).backward()

@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from allo_ray.losses.base import LossInputs
 from allo_ray.losses.dpo import dpo
+from allo_ray.neurons.parametrize import attach
 from allo_ray.train import forward
 from allo_ray.train.batching import pack
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.rows import Row
+from tests.neurons.reference import random_selection
 
 #: Log-probs [R] -> the scalar whose gradient is compared.
 Objective = Callable[[torch.Tensor], torch.Tensor]
@@ -218,6 +220,51 @@ def test_logits_are_never_whole(
     assert watch.multiplied == len(pack(rows, "pair").states) > 50
     assert watch.largest == 5
     assert sum(len(one) for one in kept if one.shape[1:] == (VOCABULARY,)) == 10
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that any tensor had that was made in memory of its own."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if strided(one)}
+        for made in filter(strided, tree_leaves(out)):
+            if made.untyped_storage().data_ptr() not in given:
+                self.entries = max(self.entries, made.untyped_storage().nbytes() // made.element_size())
+        return out
+
+
+def strided(one: object) -> bool:
+    return isinstance(one, torch.Tensor) and one.layout == torch.strided
+
+
+def test_gradients_of_embedding_and_head_are_never_whole(
+    folder: Path, make_rows: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries picked from blocks of 7 of the 384 rows, and from rows of used tokens, are those of the dense gradients.
+
+    With one of ten neurons selected everything that the backward pass makes is smaller than the embedding's 384 x 64.
+    """
+    rows = make_rows(2)
+    dense = packed_logprobs(folder, [rows], random_slopes(rows)).gradients
+    monkeypatch.setitem(forward.BLOCK_BYTES, "cpu", 7 * 64 * 4)
+    model = load_model(folder, torch.float32)
+    selection = random_selection(model)
+    neurons = attach(model, selection)
+    batch = pack(rows, "pair")
+    answers = Policy(model, chunk=3)(batch)
+    loss = random_slopes(rows)(answers)
+    with Largest() as largest:
+        loss.backward()
+    assert largest.entries < VOCABULARY * 64
+    for name, values in neurons.named_values():
+        wanted = dense[name].view(-1)[selection.indices[name].long()]
+        small = 1e-6 * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(
+            values.grad, wanted, atol=small, rtol=1e-5, msg=lambda told, name=name: f"{name}: {told}"
+        )
 
 
 def test_tree_of_a_pair_by_hand() -> None:
