@@ -120,7 +120,7 @@ class Neurons:
         for tensor in self.attached:
             for module, attribute in tensor.places:
                 if isinstance(module, nn.Embedding):
-                    module.sparse = True
+                    module.sparse = False
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
 
 
@@ -175,7 +175,7 @@ def attach(
         for module, attribute in places[id(weight)]:
             if isinstance(module, nn.Embedding) and not selection.dense:
                 # Its gradient then has the rows of a batch's tokens alone, not all V of them; see `handover`.
-                module.sparse = False
+                module.sparse = True
             parametrize.register_parametrization(module, attribute, entries, unsafe=True)
         attached.append(Attached(name, weight, entries, places[id(weight)]))
     neurons = Neurons(model, selection, attached)
