@@ -28,11 +28,12 @@ def main(arguments: list[str]) -> int:
 
     from allo_ray.data.inference import Job, run
     from allo_ray.data.inference_work import ScoreWork
+    from allo_ray.data.lookup import stream
     from allo_ray.data.prepared import prepared_once
     from allo_ray.data.reward_rows import write_carried_scores
     from allo_ray.data.sources import content_of
     from allo_ray.data.tokenise import Tokeniser
-    from allo_ray.data.user_scores import user_responses, write_user_rows
+    from allo_ray.data.user_scores import POLICY_FILE, POLICY_ROWS, in_place, write_user_rows
     from allo_ray.estimate import check_engine
     from allo_ray.models import cached_model, fingerprint, parameter_count
     from allo_ray.reach import check_results
@@ -50,33 +51,36 @@ def main(arguments: list[str]) -> int:
         "columns": config.columns.model_dump(mode="json"),
         "policy": None if policy_folder is None else fingerprint(policy_folder),
     }
-    rows = work / "score_rows.parquet"
+    rows, owned, listed = work / "score_rows.parquet", work / POLICY_FILE, work / "rows.parquet"
     asked = ScoreWork(config.logprobs)
     job = Job(rows, str(folder), asked, f"{config.out}/scores", fingerprint(folder), source)
     params = job.params(config.engine)
     job.shards.check(params)
-    files = [rows, work / "rows.parquet"]
-    counts = prepared_once(
-        files, params, lambda: write_user_rows(rows, config.rows, config.columns, reward, policy)
-    )
+    prepared, results = [rows, listed] if policy is None else [rows, listed, owned], [listed]
+
+    def write() -> dict[str, int]:
+        return write_user_rows(rows, config.rows, config.columns, reward, policy)
+
+    early = in_place(config.rows)
+    counts = prepared_once(prepared, params, write) if early else {}
     with (
         chatter_to(work / "run.log", stderr=True) as terminal,
         cluster(config.cluster, config.engine.pool.num_gpus),
     ):
         check_results(config.out, work)
+        counts = counts if early else prepared_once(prepared, params, write)
         with Progress(terminal) as lines, lines.stage("score") as line:
             facts = run([job], config.engine, line)[0] | {"input": counts}
-    if policy is not None:
-        carried = work / "token_scores.parquet"
-        responses = user_responses(config.rows, config.columns, policy)
-        raw = work / "scores"
-        if "://" in config.out:
-            fetch_anew(f"{config.out}/scores", raw)
-        facts["carried"] = write_carried_scores(
-            carried, responses=responses, raw=raw, policy=policy, reward=reward
-        )
-        files.append(carried)
-    hand_over(files[1:], config.out)
+        if policy is not None:
+            carried, raw = work / "token_scores.parquet", work / "scores"
+            if "://" in config.out:
+                fetch_anew(f"{config.out}/scores", raw)
+            responses = ((row["id"], row["response_ids"]) for row in stream(POLICY_ROWS, owned))
+            facts["carried"] = write_carried_scores(
+                carried, responses=responses, raw=raw, policy=policy, reward=reward
+            )
+            results.append(carried)
+    hand_over(results, config.out)
     print(json.dumps(facts, indent=1))
     return 0
 

@@ -33,6 +33,23 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Qwen2 whose tokenizer knows no merges: one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from allo_ray.models import tiny_model
+
+    folder = tiny_model("qwen", tmp_path_factory.mktemp("tiny") / "bytes")
+    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local cluster for the whole session; more logical CPUs than cores, or tasks wait for each other for ever."""
     import ray

@@ -69,7 +69,7 @@ def prepare_pairs(
 
 
 class _Work:
-    """Turns examples into table rows. Ships to Ray tasks without its tokenizer, which each process loads once."""
+    """Turns examples into table rows."""
 
     def __init__(
         self,
@@ -80,14 +80,9 @@ class _Work:
         needs_reference: bool,
     ) -> None:
         self.config, self.table, self.needs_reference = config, table, needs_reference
-        self._tokeniser: Tokeniser | None = tokeniser
-        self._folder = tokeniser.folder
-        self._verify = verify
+        self._tokeniser, self._verify = tokeniser, verify
         beside = [field.with_name(f"_{field.name}") for field in _BESIDE]
         self.schema = pa.schema([*table.schema, *beside])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokeniser": None}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Pieces of the source, as rows of `schema`."""
@@ -98,8 +93,6 @@ class _Work:
 
     def build(self, found: Iterable[Example]) -> pa.Table:
         """Examples as rows of `schema`: the table's columns are null where a rule removed the row."""
-        if self._tokeniser is None:
-            self._tokeniser = Tokeniser(self._folder)
         verifier = Verifier(self._verify) if self._verify is not None else None
         rows = []
         for one in found:

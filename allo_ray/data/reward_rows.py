@@ -7,6 +7,7 @@ the prediction itself, as if it were written again without a correction.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import pyarrow as pa
 from allo_ray import tables
 from allo_ray.data.align_tokens import carry_over
 from allo_ray.data.lookup import BATCH_ROWS, Lookup, stream, write_stream
+from allo_ray.data.ordered_tasks import in_order
 from allo_ray.data.templates import rewrite_context
 from allo_ray.data.tokenise import Tokeniser
 
 _IDS = pa.list_(pa.int32())
+#: Id of a response, its ids in the policy's tokens, P_re of its tokens in the reward model's.
+Scored = tuple[str, list[int], list[float]]
 #: Responses to be scored, each in its context.
 SCORE_ROWS = tables.Table(
     "score_rows",
@@ -83,20 +87,33 @@ def write_carried_scores(
     facts = {"rows": 0, "unscored": 0}
     out = Path(out)
 
-    def rows(scores: Lookup) -> Iterator[dict[str, Any]]:
+    def found(scores: Lookup) -> Iterator[list[Scored]]:
         waiting = iter(responses)
         while chunk := list(islice(waiting, BATCH_ROWS)):
             at = scores.find([name for name, _ in chunk])
             facts["unscored"] += int((at < 0).sum())
             have = [one for one, row in zip(chunk, at, strict=True) if row >= 0]
-            for (name, ids), score in zip(have, scores.take(at[at >= 0]), strict=True):
-                p_re = score["p_re"] if same else carry_over(policy, reward, ids, score["p_re"]).tolist()
-                assert len(p_re) == len(ids), f"{name}: one score for each token"
-                yield {"id": name, "p_re": p_re}
+            taken = zip(have, scores.take(at[at >= 0]), strict=True)
+            yield [(name, ids, score["p_re"]) for (name, ids), score in taken]
+
+    def rows(scores: Lookup) -> Iterator[dict[str, Any]]:
+        carry = partial(_carried, None if same else (policy, reward))
+        for chunk in in_order(carry, found(scores), here=same or len(scores) <= BATCH_ROWS):
+            yield from chunk
 
     with Lookup(tables.TOKEN_SCORES, raw, out.parent) as scores:
         facts["rows"] = write_stream(tables.TOKEN_SCORES, rows(scores), out)
     return facts
+
+
+def _carried(tokenisers: tuple[Tokeniser, Tokeniser] | None, scored: list[Scored]) -> list[dict[str, Any]]:
+    """Rows of TOKEN_SCORES on the policy's tokens; `tokenisers`: the policy's and the reward model's if they differ."""
+    out = []
+    for name, ids, p_re in scored:
+        told = p_re if tokenisers is None else carry_over(*tokenisers, ids, p_re).tolist()
+        assert len(told) == len(ids), f"{name}: one score for each token"
+        out.append({"id": name, "p_re": told})
+    return out
 
 
 def write_reward_sequences(

@@ -6,6 +6,8 @@ Nothing else in the program tokenises, so training, sampling and scoring see the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from allo_ray.errors import UserError
 
 
 class Tokeniser:
-    """A transformers tokenizer with this program's rules for BOS and EOS."""
+    """A transformers tokenizer with this program's rules for BOS and EOS.
+
+    It travels to Ray tasks as the name of its folder; each process loads it once.
+    """
 
     def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
         """Loads the tokenizer of a model folder or hub name and checks that it fits the model.
@@ -34,7 +39,7 @@ class Tokeniser:
             raise UserError(
                 f"{folder}: the tokenizer has no EOS token, so responses would have no end. Set eos_token."
             )
-        self.folder = folder
+        self.folder, self._trusts = folder, trust_remote_code
         self.eos: int = self.hf.eos_token_id
         self.bos: int | None = self.hf.bos_token_id
         self._adds_bos = self.bos is not None and self.hf("a").input_ids[:1] == [self.bos]
@@ -44,6 +49,9 @@ class Tokeniser:
         if self._backend is not None:  # some tokenizer files keep the limits of whoever saved them
             self._backend.no_truncation()
             self._backend.no_padding()
+
+    def __reduce__(self) -> tuple[Callable[..., Tokeniser], tuple[str, bool]]:
+        return _loaded, (self.folder, self._trusts)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt. BOS comes first if the tokenizer's own rule puts it there, and never twice."""
@@ -107,6 +115,11 @@ class Tokeniser:
     def only_special(self, ids: list[int]) -> bool:
         """True where the ids hold nothing but special tokens."""
         return all(token in self._special for token in ids)
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: str, trust_remote_code: bool) -> Tokeniser:
+    return Tokeniser(folder, trust_remote_code)
 
 
 def check_vocabulary(folder: str, tokens: int) -> None:

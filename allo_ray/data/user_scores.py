@@ -1,13 +1,13 @@
 """Rows that a user wants scored: a context and a response as text or as token ids, made SCORE_ROWS.
 
 Rows that are the same in context and response are the same work: they share an id and are scored once. USER_ROWS says
-under which id the score of every row of the source is found.
+under which id the score of every row of the source is found. A large source is tokenised by Ray tasks, a piece each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import pyarrow.parquet as pq
 from allo_ray import tables
 from allo_ray.config.jobs import ScoreColumns
 from allo_ray.data.lookup import BATCH_ROWS
-from allo_ray.data.prepare import first_of_each
+from allo_ray.data.ordered_tasks import in_order
+from allo_ray.data.prepare import PIECES_IN_PLACE, first_of_each
 from allo_ray.data.reward_rows import SCORE_ROWS
 from allo_ray.data.shard_index import hash_ids
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.engines.base import model_facts
 from allo_ray.errors import UserError
-from allo_ray.records import Record, records
+from allo_ray.records import Piece, Record, find_files, pieces, read_piece
 
+POLICY_FILE = "policy_rows.parquet"
 #: The rows of the user's files in their order, each with the id of its score.
 USER_ROWS = tables.Table(
     "user_rows",
@@ -34,15 +36,37 @@ USER_ROWS = tables.Table(
         metadata={"allo_ray.table": "user_rows", "allo_ray.version": str(tables.VERSION)},
     ),
 )
-_BOTH = pa.schema([*SCORE_ROWS.schema, *USER_ROWS.schema.remove(2)])
+#: The responses that are scored, as the policy's own tokens.
+POLICY_ROWS = tables.Table(
+    "policy_rows",
+    pa.schema(
+        [pa.field("id", pa.string()), pa.field("response_ids", pa.list_(pa.int32()))],
+        metadata={"allo_ray.table": "policy_rows", "allo_ray.version": str(tables.VERSION)},
+    ),
+)
+#: What is made of a row of the source, with a hash of what it holds.
+_ALL = pa.schema(
+    [
+        *SCORE_ROWS.schema,
+        POLICY_ROWS.schema.field("response_ids").with_name("policy_ids"),
+        *USER_ROWS.schema.remove(2),
+        pa.field("content", pa.string()),
+    ]
+)
+
+
+def in_place(source: str) -> bool:
+    """Is the source so small that it is tokenised without Ray?"""
+    return len(_pieces(source)) <= PIECES_IN_PLACE
 
 
 def write_user_rows(
     out: str | Path, source: str, columns: ScoreColumns, tokeniser: Tokeniser, policy: Tokeniser | None = None
 ) -> dict[str, int]:
-    """Writes SCORE_ROWS to the file `out` and USER_ROWS to `rows.parquet` beside it.
+    """Writes SCORE_ROWS to the file `out`, and USER_ROWS to `rows.parquet` beside it.
 
-    Where a policy is given, ids in the rows are its own, and the scoring model reads their text with its tokenizer.
+    Where a policy is given, ids in the rows are its own, the scoring model reads their text with its tokenizer, and
+    POLICY_ROWS are written to `policy_rows.parquet`.
 
     Returns:
         rows (of the source), repeated (the same as one further up).
@@ -56,58 +80,73 @@ def write_user_rows(
     unsorted = out.with_name(f".{out.name}.unsorted")
     ids: list[np.ndarray] = []
     contents: list[np.ndarray] = []
-    made = _made(source, columns, tokeniser, policy)
-    with pq.ParquetWriter(unsorted, _BOTH, compression="lz4") as writer:
-        while chunk := list(islice(made, BATCH_ROWS)):
-            ids.append(hash_ids([row["id"] for row, _ in chunk]))
-            contents.append(hash_ids([content for _, content in chunk]))
-            writer.write_table(pa.Table.from_pylist([row for row, _ in chunk], schema=_BOTH))
-    if not ids:
+    make = _Maker(columns, tokeniser, policy or tokeniser)
+    with pq.ParquetWriter(unsorted, _ALL, compression="lz4") as writer:
+        for block in in_order(make, _pieces(source), here=in_place(source)):
+            ids.append(hash_ids(block.column("id").to_pylist()))
+            contents.append(hash_ids(block.column("content").to_pylist()))
+            writer.write_table(block)
+    if not sum(map(len, ids)):
         raise UserError(f"{source}: holds no rows. Check `rows`.")
     _check_ids(ids, contents, unsorted, columns)
     fresh, start = first_of_each(ids), 0
-    part, listed = out.with_name(f".{out.name}.part"), out.with_name("rows.parquet")
-    with (
-        pq.ParquetWriter(part, SCORE_ROWS.schema, compression="zstd") as writer,
-        pq.ParquetWriter(listed, USER_ROWS.schema, compression="zstd") as every,
-    ):
+    part = out.with_name(f".{out.name}.part")
+    with ExitStack() as files:
+
+        def write_to(file: Path, table: tables.Table) -> pq.ParquetWriter:
+            return files.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+
+        writer, every = write_to(part, SCORE_ROWS), write_to(out.with_name("rows.parquet"), USER_ROWS)
+        owned = write_to(out.with_name(POLICY_FILE), POLICY_ROWS) if policy is not None else None
         for batch in pq.ParquetFile(unsorted).iter_batches(BATCH_ROWS):
             block = pa.Table.from_batches([batch])
-            first = pa.array(fresh[start : start + len(block)])
+            first = block.filter(pa.array(fresh[start : start + len(block)]))
             start += len(block)
             every.write_table(block.select(USER_ROWS.schema.names).cast(USER_ROWS.schema))
-            writer.write_table(block.filter(first).select(SCORE_ROWS.schema.names).cast(SCORE_ROWS.schema))
+            writer.write_table(first.select(SCORE_ROWS.schema.names).cast(SCORE_ROWS.schema))
+            if owned is not None:
+                own = first.select(["id", "policy_ids"]).rename_columns(POLICY_ROWS.schema.names)
+                owned.write_table(own.cast(POLICY_ROWS.schema))
     part.rename(out)
     unsorted.unlink()
     return {"rows": len(fresh), "repeated": int((~fresh).sum())}
 
 
-def user_responses(source: str, columns: ScoreColumns, policy: Tokeniser) -> Iterator[tuple[str, list[int]]]:
-    """(id, the policy's token ids) of every response, as `write_user_rows` names them."""
-    vocabulary = _vocabulary(policy)
-    for record in records(source):
-        context = _ids(record, columns.context, policy.prompt, vocabulary)
-        response = _ids(record, columns.response, policy.plain, vocabulary)
-        yield _name(record, columns, context, response), response
+def _pieces(source: str) -> list[Piece]:
+    return [piece for file, kind in find_files(source) for piece in pieces(file, kind)]
 
 
-def _made(
-    source: str, columns: ScoreColumns, tokeniser: Tokeniser, policy: Tokeniser | None
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row of _BOTH, a hash of its content) for every row of the source."""
-    own = policy or tokeniser
-    foreign, vocabulary = not tokeniser.same_as(own), _vocabulary(own)
-    for record in records(source):
-        context = _ids(record, columns.context, own.prompt, vocabulary)
+class _Maker:
+    """Turns a piece of the source into rows of _ALL. `own` reads the rows, `tokeniser` is the scoring model's."""
+
+    def __init__(self, columns: ScoreColumns, tokeniser: Tokeniser, own: Tokeniser) -> None:
+        self.columns, self.tokeniser, self.own = columns, tokeniser, own
+        self.foreign = not tokeniser.same_as(own)
+        #: How many token ids the model of the rows knows.
+        self.vocabulary = int(model_facts(own.folder).get("vocab_size", len(own.hf)))
+
+    def __call__(self, piece: Piece) -> pa.Table:
+        return pa.Table.from_pylist([self._row(record) for record in read_piece(piece)], schema=_ALL)
+
+    def _row(self, record: Record) -> dict[str, Any]:
+        context = _ids(record, self.columns.context, self.own.prompt, self.vocabulary)
         if not context:
-            raise UserError(f"{record.place}, field '{columns.context}': is empty; a context is needed.")
-        response = _ids(record, columns.response, own.plain, vocabulary)
-        name, content = _name(record, columns, context, response), tables.content_id(context, response)
-        if foreign:
-            context = tokeniser.prompt(own.text(context))
-            response = tokeniser.response(own.text(response), end=response[-1:] == [own.eos])
-        row = {"id": name, "context_ids": context, "response_ids": response}
-        yield row | {"source": record.file, "row": record.row}, content
+            raise UserError(f"{record.place}, field '{self.columns.context}': is empty; a context is needed.")
+        response = policy_ids = _ids(record, self.columns.response, self.own.plain, self.vocabulary)
+        name, content = _name(record, self.columns, context, response), tables.content_id(context, response)
+        if self.foreign:
+            context = self.tokeniser.prompt(self.own.text(context))
+            ended = response[-1:] == [self.own.eos]
+            response = self.tokeniser.response(self.own.text(response), end=ended)
+        return {
+            "id": name,
+            "context_ids": context,
+            "response_ids": response,
+            "policy_ids": policy_ids,
+            "source": record.file,
+            "row": record.row,
+            "content": content,
+        }
 
 
 def _check_ids(ids: list[np.ndarray], contents: list[np.ndarray], rows: Path, columns: ScoreColumns) -> None:
@@ -130,11 +169,6 @@ def _check_ids(ids: list[np.ndarray], contents: list[np.ndarray], rows: Path, co
         f"({len(clashes)} such rows). Give every row an id of its own, or leave columns.id out: rows are then named "
         "by what they hold."
     )
-
-
-def _vocabulary(tokeniser: Tokeniser) -> int:
-    """How many token ids the tokenizer's model knows."""
-    return int(model_facts(tokeniser.folder).get("vocab_size", len(tokeniser.hf)))
 
 
 def _name(record: Record, columns: ScoreColumns, context: list[int], response: list[int]) -> str:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from allo_ray import tables
 from allo_ray.config.data import VerifyConfig
 from allo_ray.data.lookup import BATCH_ROWS, Lookup, stream, write_stream
-from allo_ray.data.task_errors import users_error
+from allo_ray.data.ordered_tasks import in_order
 from allo_ray.data.verify import Verifier
 
 #: So many samples are judged sooner than a task has started.
@@ -76,24 +75,15 @@ def _judge(
     """The rows of all chunks in their order, each with its verdict."""
     for rows, questions in islice(chunks, ROWS_IN_PLACE // BATCH_ROWS):
         yield rows, verdicts_of(questions, verify)
-    if not ray.is_initialized():
+    under_way: deque[list[dict[str, Any]]] = deque()
+
+    def asked() -> Iterator[list[Question]]:
         for rows, questions in chunks:
-            yield rows, verdicts_of(questions, verify)
-        return
-    task = ray.remote(verdicts_of)
-    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting: deque[tuple[list[dict[str, Any]], Any]] = deque()
-    for rows, questions in chunks:
-        waiting.append((rows, task.remote(questions, verify)))
-        if len(waiting) > ahead:
-            yield _collected(*waiting.popleft())
-    while waiting:
-        yield _collected(*waiting.popleft())
+            under_way.append(rows)
+            yield questions
 
-
-def _collected(rows: list[dict[str, Any]], task: Any) -> tuple[list[dict[str, Any]], list[Verdict]]:
-    with users_error():
-        return rows, ray.get(task)
+    for verdicts in in_order(partial(verdicts_of, verify=verify), asked()):
+        yield under_way.popleft(), verdicts
 
 
 def verdicts_of(questions: list[Question], verify: VerifyConfig) -> list[Verdict]:

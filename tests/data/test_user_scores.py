@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from allo_ray import records
 from allo_ray.config.jobs import ScoreColumns
 from allo_ray.data import user_scores
 from allo_ray.data.reward_rows import SCORE_ROWS
 from allo_ray.data.tokenise import Tokeniser
-from allo_ray.data.user_scores import USER_ROWS, write_user_rows
+from allo_ray.data.user_scores import POLICY_ROWS, USER_ROWS, write_user_rows
 from allo_ray.errors import UserError
 
 
@@ -53,3 +55,23 @@ def test_an_id_names_one_content(
         UserError, match=r"x.jsonl, line 6, field 'name': '1' is the id of .* line 2 \(1 such"
     ):
         write_user_rows(out, source(tmp_path, [*rows, clash]), columns, tokeniser)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_give_what_one_process_gives(
+    tmp_path: Path, tokeniser: Tokeniser, tiny_bytes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of two rows by Ray tasks: the same files; the policy's tokens are bytes, of each content once."""
+    words = ["one", "two", "three", "café", "你", "two", "seven"]
+    rows = source(tmp_path, [{"context": f"say {word}", "response": f" {word}!"} for word in words])
+    monkeypatch.setattr(records, "PIECE_ROWS", 2)
+    names = ("score_rows.parquet", "rows.parquet", user_scores.POLICY_FILE)
+    for most in (16, 0):
+        monkeypatch.setattr(user_scores, "PIECES_IN_PLACE", most)
+        out = tmp_path / str(most) / names[0]
+        told = write_user_rows(out, rows, ScoreColumns(), tokeniser, Tokeniser(str(tiny_bytes)))
+        assert told == {"rows": 7, "repeated": 1}
+    for name in names:
+        assert pq.read_table(tmp_path / "16" / name).equals(pq.read_table(tmp_path / "0" / name))
+    owned = POLICY_ROWS.read(tmp_path / "0" / names[2]).to_pylist()
+    assert [len(row["response_ids"]) for row in owned] == [5, 5, 7, 7, 5, 7]
