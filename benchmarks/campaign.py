@@ -9,7 +9,9 @@ are processes of their own, one after the other, with clusters of their own.
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side
 include waiting. `ratio.compute_vs_independent` is by CPU time. `equal` says whether a trial that was run alone gave the
-same models, bit for bit, and the same scores. `cache_hits` counts by stage how often a trial found it in the store.
+same models, bit for bit, and the same accuracy of every model on every suite; `kl_differs_by` is in nats, and not quite
+0 since the rounding of log-probs depends on which rows share a batch. `cache_hits` counts by stage how often a trial
+found it in the store, `cpu_by_process` sums CPU seconds by the title that processes had last.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ class CpuClock(threading.Thread):
         super().__init__(daemon=True)
         self._root = psutil.Process(pid)
         self._seen: dict[tuple[int, float], float] = {}
+        self._titles: dict[tuple[int, float], str] = {}
         self._over = threading.Event()  # Thread has a method _stop of its own
 
     def run(self) -> None:
@@ -56,6 +60,13 @@ class CpuClock(threading.Thread):
         self.join()
         return sum(self._seen.values())
 
+    def by_title(self) -> dict[str, float]:
+        """CPU seconds of all processes with one title, the most first."""
+        sums: Counter[str] = Counter()
+        for process, spent in self._seen.items():
+            sums[self._titles[process]] += spent
+        return {title: round(spent, 1) for title, spent in sums.most_common() if spent >= 1}
+
     def _look(self) -> None:
         try:
             processes = [self._root, *self._root.children(recursive=True)]
@@ -64,13 +75,19 @@ class CpuClock(threading.Thread):
         for process in processes:
             try:
                 told = process.cpu_times()
-                self._seen[process.pid, process.create_time()] = told.user + told.system
+                one = process.pid, process.create_time()
+                self._seen[one] = told.user + told.system
+                title = next(iter(" ".join(process.cmdline()).split()), "")
+                if not title.startswith("ray::"):
+                    title = process.name()
+                if title != "ray::IDLE" or one not in self._titles:
+                    self._titles[one] = title
             except psutil.NoSuchProcess:
                 continue
 
 
-def job(*words: str) -> tuple[float, float]:
-    """Runs `python -m jobs.cli WORDS`; returns its CPU seconds and its seconds by the clock."""
+def job(*words: str) -> dict[str, Any]:
+    """Runs `python -m jobs.cli WORDS`; returns its CPU seconds, whose they are, and its seconds by the clock."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "jobs.cli", *words],
@@ -83,7 +100,8 @@ def job(*words: str) -> tuple[float, float]:
     spent = clock.seconds()
     if code != 0:
         raise SystemExit(f"allo {' '.join(words)} ended with {code}")
-    return spent, time.perf_counter() - started
+    wall = time.perf_counter() - started
+    return {"cpu_seconds": spent, "wall_seconds": wall, "cpu_by_process": clock.by_title()}
 
 
 def campaign(folder: Path, trials: int, concurrent: int) -> dict[str, Any]:
@@ -99,13 +117,12 @@ def campaign(folder: Path, trials: int, concurrent: int) -> dict[str, Any]:
         "cluster": {"num_cpus": 2 * concurrent},
     }
     (folder / "campaign.yaml").write_text(yaml.safe_dump(told))
-    cpu, wall = job("tune", "--config", str(folder / "campaign.yaml"))
+    spent = job("tune", "--config", str(folder / "campaign.yaml"))
     summary = json.loads((folder / "runs" / "shared" / "summary.json").read_text())
     if summary["trials"].get("finished") != trials:
         raise SystemExit(f"of {trials} trials there are: {summary['trials']}")
     return {
-        "cpu_seconds": cpu,
-        "wall_seconds": wall,
+        **spent,
         "stage_seconds": summary["stage_seconds"]["spent"],
         "stages": summary["stages"],
         "cache_hits": {stage["stage"]: stage["reused"] for stage in summary["stages"]},
@@ -117,22 +134,26 @@ def alone(folder: Path, shared: Path, record: Record) -> dict[str, Any]:
     """One trial as a run of its own, with an empty store; `equal` where its trained deltas have the trial's bytes."""
     settings = {SHORT[name]: value for name, value in record.values.items()}
     settings |= {"name": "alone", "store": str(folder / "store"), "runs": str(folder / "runs")}
-    cpu, wall = job(
-        "align", "--config", "smoke", *(f"--set={name}={value}" for name, value in settings.items())
-    )
+    spent = job("align", "--config", "smoke", *(f"--set={name}={value}" for name, value in settings.items()))
     summary = json.loads((folder / "runs" / "alone" / "summary.json").read_text())
     models = [Path(record.artifacts[name]) / "delta.safetensors" for name in ("warmup", "forget", "learn")]
     same = [
         (folder / "store" / file).read_bytes() == (shared / "store" / file).read_bytes() for file in models
     ]
-    scores = [summary["models"][label]["held-out"]["accuracy"] for label in record.scores]
+    kl: list[float] = []
+    for label, suites in record.scores.items():
+        for suite, scores in suites.items():
+            found = summary["models"][label][suite]
+            if suite == "kl":
+                kl.append(abs(found["mean"] - scores["kl"]))
+            else:
+                same.append(found["accuracy"] == scores["accuracy"])
     return {
         "values": record.values,
-        "cpu_seconds": cpu,
-        "wall_seconds": wall,
+        **spent,
         "stage_seconds": sum(stage["seconds"] for stage in summary["stages"] if not stage["cached"]),
-        "equal": all(same)
-        and scores == [suites["held-out"]["accuracy"] for suites in record.scores.values()],
+        "equal": all(same),
+        "kl_differs_by": max(kl),
     }
 
 
