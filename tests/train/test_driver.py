@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,12 +17,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from ray import cloudpickle
 
 from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
 from allo_ray.neurons import delta
 from allo_ray.neurons.selection import Selection
+from allo_ray.train import driver
 from allo_ray.train.checkpoint import Progress
 from allo_ray.train.driver import train
 from allo_ray.train.job import HEARTBEAT, LOGPROBS, RUN, TrainJob
@@ -188,6 +191,43 @@ def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
         "metrics.parquet",
         "train.json",
     ]
+
+
+def slow_storage(settings: dict[str, Any]) -> None:
+    """What a worker runs where storing a checkpoint takes two seconds; notes how long each step waited for that."""
+    from allo_ray.train import checkpoint, driver, worker
+
+    store, save = checkpoint.save, worker._Reporter.save
+
+    def stored(*args: Any) -> None:
+        time.sleep(2)
+        store(*args)
+
+    def timed(reporter: Any, progress: Progress) -> None:
+        began = time.monotonic()
+        save(reporter, progress)
+        with (Path(settings["out"]) / "waited").open("a") as file:
+            file.write(f"{time.monotonic() - began}\n")
+
+    checkpoint.save, worker._Reporter.save = stored, timed
+    try:
+        driver._worker(settings)
+    finally:
+        checkpoint.save, worker._Reporter.save = store, save
+
+
+def test_steps_do_not_wait_for_a_checkpoint_to_be_stored(
+    ray_cluster, job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """19 steps of milliseconds, a checkpoint after every 6th: storing takes 2 s each, and its step goes on at once."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(driver, "_worker", slow_storage)
+    slow = replace(job, trainer=job.trainer.model_copy(update={"checkpoint_every": 6}))
+    told = train(slow).facts
+    waited = [float(line) for line in (Path(job.out) / "waited").read_text().split()]
+    assert len(waited) == 3
+    assert max(waited) < 1
+    assert told["steps"] == 19
 
 
 def test_a_broken_run_goes_on_when_it_is_run_again_with_other_workers(
