@@ -5,7 +5,9 @@
 Each size and way is one process of its own: θ0 and θ' as float32 safetensors shards of equal size on disk, measured
 and ranked once, then selected for k = 5, 10 and 20 % in one pass. Gigabytes (10^9) are those of both models together;
 the ranked importances take as much again on disk. The ways are those of the stages: in one process, and by Ray tasks
-on `--cpus` CPUs. `seconds_per_gigabyte` of the sizes side by side says whether the cost is linear. Memory is the peak
+on `--cpus` CPUs. `cpu_seconds_per_gigabyte` of the sizes side by side says whether the cost is linear; the seconds by
+the clock are so only while the page cache holds all of it, and `from_disk` tells the gigabytes that it did not hold,
+`disk` how fast the disk is at a file of 2 GB, unbuffered. Memory is the peak
 of a process's anonymous memory, without the mapped files that the page cache holds: for one process over what it held
 before, for tasks that of the largest of them with its imports.
 """
@@ -57,6 +59,7 @@ def write_shards(folder: Path, gigabytes: float) -> int:
         name = f"w{number:05}"
         save_file({name: before}, folder / "before" / f"{name}.safetensors")
         save_file({name: before + update}, folder / "after" / f"{name}.safetensors")
+    os.sync()  # what is still to be written would be written while others read
     return count
 
 
@@ -92,6 +95,45 @@ def watched(by_tasks: bool) -> int:
     return found
 
 
+def spent(by_tasks: bool) -> tuple[float, float]:
+    """CPU seconds of this process, or of its Ray processes, and gigabytes that came from the disk."""
+    processes = psutil.Process().children(recursive=True) if by_tasks else [psutil.Process()]
+    cpu = read = 0.0
+    for process in processes:
+        try:
+            if not by_tasks or process.name().startswith("ray::"):
+                told = process.cpu_times()
+                cpu += told.user + told.system
+                read += process.io_counters().read_bytes / 1e9  # type: ignore[attr-defined]
+        except psutil.NoSuchProcess:
+            continue
+    return cpu, read
+
+
+def disk(folder: Path) -> dict[str, float]:
+    """Gigabytes a second that a file of 2 GB is written and read with, past the page cache."""
+    file, block, blocks = folder / "disk", os.urandom(1 << 24), 120
+    size = blocks * len(block) / 1e9
+    began = time.perf_counter()
+    handle = os.open(file, os.O_RDWR | os.O_CREAT)
+    for _ in range(blocks):
+        os.write(handle, block)
+    os.fsync(handle)
+    wrote = time.perf_counter()
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.lseek(handle, 0, os.SEEK_SET)
+    began_reading = time.perf_counter()
+    while os.read(handle, 1 << 24):
+        pass
+    read = time.perf_counter()
+    os.close(handle)
+    file.unlink()
+    return {
+        "write_gigabytes_per_second": size / (wrote - began),
+        "read_gigabytes_per_second": size / (read - began_reading),
+    }
+
+
 def measure(folder: Path, count: int, cpus: int, results: Any) -> None:
     """Runs in a process of its own and puts the figures into `results`; cpus: 0 for this process alone."""
     torch.set_num_threads(1)
@@ -114,14 +156,15 @@ def measure(folder: Path, count: int, cpus: int, results: Any) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    (cpu, read), began = spent(not here), time.perf_counter()
     counted: list[Counted] = []
     for found in in_order(partial(pair.write, out), shards.items(), here):
         counted += found
-    measured, peak_measured, peak[0] = time.perf_counter(), peak[0], 0
+    (cpu_measured, read_measured), measured = spent(not here), time.perf_counter()
+    peak_measured, peak[0] = peak[0], 0
     files = RankedFiles(counted, {name: shard for shard, [name] in shards.items()}, "")
     selections = select(counted, partial(locate.mapped, str(out), files), KS)
-    ended = time.perf_counter()
+    (cpu_ended, read_ended), ended = spent(not here), time.perf_counter()
     done.set()
     watcher.join()
     ray.shutdown()
@@ -134,7 +177,11 @@ def measure(folder: Path, count: int, cpus: int, results: Any) -> None:
             "cpus": cpus or 1,
             "measure_seconds": measured - began,
             "select_seconds": ended - measured,
-            "seconds_per_gigabyte": (ended - began) / size,
+            "measure_cpu_seconds": cpu_measured - cpu,
+            "select_cpu_seconds": cpu_ended - cpu_measured,
+            "measure_from_disk": read_measured - read,
+            "select_from_disk": read_ended - read_measured,
+            "cpu_seconds_per_gigabyte": (cpu_ended - cpu) / size,
             "gigabytes_per_second": size / (ended - began),
             "measure_peak_bytes": peak_measured - start,
             "select_peak_bytes": peak[0] - start,
@@ -181,7 +228,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(prefix="locate-", dir=told.folder))
         try:
             count = write_shards(folder, gigabytes)
-            found: dict[str, Any] = {}
+            found: dict[str, Any] = {"disk": disk(folder)}
             for way, cpus in (("one_process", 0), ("tasks", told.cpus)):
                 found[way] = alone(measure, folder, count, cpus)
                 shutil.rmtree(folder / "out")
@@ -193,10 +240,10 @@ def main() -> None:
         figures.append(found)
     for way in ("one_process", "tasks"):
         told_each = ", ".join(
-            f"{found[way]['seconds_per_gigabyte']:.2f} at {found[way]['gigabytes']:.1f} GB"
+            f"{found[way]['cpu_seconds_per_gigabyte']:.2f} at {found[way]['gigabytes']:.1f} GB"
             for found in figures
         )
-        print(f"{way.replace('_', ' ')}, seconds a gigabyte: {told_each}")
+        print(f"{way.replace('_', ' ')}, CPU seconds a gigabyte: {told_each}")
     if told.json:
         Path(told.json).write_text(json.dumps({"k": KS, "runs": figures}, indent=1), encoding="utf-8")
 
