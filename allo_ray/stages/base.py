@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from allo_ray.config.run import RunConfig
 from allo_ray.models import ModelRef
 from allo_ray.store import Artifact, Store, local_path
+
+if TYPE_CHECKING:
+    from allo_ray.stages.answers import Answer
 
 
 class Progress(Protocol):
@@ -33,6 +36,8 @@ class Context:
     progress: Progress
     #: Takes rows of METRICS as a trained stage makes them.
     record: Callable[[Iterable[Mapping[str, Any]]], None] = lambda rows: None
+    #: Has models answer questions; None: with engines of this stage's own.
+    answer: Answer | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     #: Seconds before the first row or batch of real work began.
     startup_seconds: float = 0.0

@@ -20,7 +20,7 @@ from allo_ray.config.data import SuiteConfig, VerifyConfig
 from allo_ray.config.engine import JudgeConfig, SamplingConfig
 from allo_ray.config.jobs import EvalJob
 from allo_ray.data.inference import Job
-from allo_ray.data.inference import run as answer
+from allo_ray.data.inference import run as inference
 from allo_ray.data.inference_work import SCORES, SampleWork, ScoreWork, Work
 from allo_ray.data.templates import render
 from allo_ray.data.tokenise import Tokeniser
@@ -29,6 +29,7 @@ from allo_ray.engines.base import Sampling
 from allo_ray.errors import UserError
 from allo_ray.models import ModelRef, fingerprint
 from allo_ray.neurons.export import export
+from allo_ray.stages.answers import answer
 from allo_ray.stages.base import Context, Progress, Stage, artifact_model
 from allo_ray.stages.divergence import divergence, rows_to_score
 from allo_ray.stages.judged import judge_answers
@@ -139,7 +140,7 @@ def evaluate_folders(
         Job(prompts, folder, work, str(out / "answers" / label), fingerprint(folder))
         for label, folder in folders.items()
     ]
-    answer(jobs, config.engine, progress)
+    inference(jobs, config.engine, progress)
     rows: dict[str, list[dict[str, Any]]] = {}
     for label, job in zip(folders, jobs, strict=True):
         samples = job.shards.read()
@@ -212,7 +213,7 @@ def _answering(rows: list[dict[str, Any]], sampling: dict[str, Any]) -> _Task:
 def _ask(
     ctx: Context, models: dict[str, ModelRef], tasks: list[_Task], keys: dict[tuple[str, str], str]
 ) -> None:
-    """Does what the store does not hold yet, all of it on one pool of engines, and publishes it."""
+    """Has answered what the store does not hold yet, all of it by one pool of engines."""
     jobs: dict[tuple[str, str], Job] = {}
     exports = ctx.out / "models"
     for label, model in models.items():  # model by model: weights are swapped once for each
@@ -228,10 +229,7 @@ def _ask(
             jobs[task.stage, key] = Job(task.rows, folder, task.work, out, key)
     if not jobs:
         return
-    facts = answer(list(jobs.values()), ctx.config.engine, ctx.progress)
-    for told, (stage, key) in zip(facts, jobs, strict=True):
-        ctx.store.publish(stage, key, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
-    ctx.startup_seconds = max(told["startup_seconds"] for told in facts)
+    ctx.startup_seconds = (ctx.answer or answer)(jobs, ctx.config.engine, ctx.store, ctx.progress)
     shutil.rmtree(exports, ignore_errors=True)
 
 

@@ -99,6 +99,7 @@ def search(
     graph: Graph = method.graph,
 ) -> Outcome:
     """Runs the trials that are missing on the running cluster; writes what is known also when it is interrupted."""
+    from allo_ray.tune.desk import open_desk
     from allo_ray.tune.searcher import CampaignSearcher, scheduler_of
     from allo_ray.tune.trial import Setting
     from allo_ray.tune.watch import Watch, put_up
@@ -134,7 +135,8 @@ def search(
         if missing > 0:
             lines.say(f"{missing} trials to go, {min(at_once, missing)} at a time")
             board = put_up()
-            setting = Setting(placed, graph, os.getcwd(), str(records.folder.absolute()), shared, board)
+            results_folder = str(records.folder.absolute())
+            setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, open_desk(at_once))
             with Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
                 _fit(setting, CampaignSearcher(campaign, records, watch), scheduler, missing, at_once)

@@ -26,6 +26,7 @@ from allo_ray.report.terminal import Progress
 from allo_ray.results import KL
 from allo_ray.session import quiet
 from allo_ray.store import Store
+from allo_ray.tune.desk import AtTheDesk
 from allo_ray.tune.measure import EVALUATE, scores_of, value_of
 from allo_ray.tune.records import Scores
 from allo_ray.tune.sharing import Graph, early_part
@@ -50,8 +51,9 @@ class Setting:
     results: str
     #: Artifacts that were computed for all trials beforehand: node -> <stage>/<key>.
     shared: Mapping[str, str]
-    #: The actor that shows what trials do.
+    #: The actor that shows what trials do, and the one that has their questions answered.
     board: Any
+    desk: Any
 
 
 class TrialLines(Progress):
@@ -95,7 +97,8 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
         with track.opened(told_as, folder, lines.say) as trackers:
             for step, part in parts.items():
                 lines.begin(len(part))
-                done = pipeline.run(run, part, store, lines, 1, trackers.steps)
+                answer = AtTheDesk(setting.desk)
+                done = pipeline.run(run, part, store, lines, 1, trackers.steps, answer)
                 own = {name: item for name, item in done.items() if name not in setting.shared}
                 for stage, curve in results.curves(own).items():  # what another trial has computed, too
                     trackers.steps(stage, curve.to_pylist())
