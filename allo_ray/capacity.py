@@ -7,10 +7,12 @@ to a stop: were all resources held by trainers that wait for rows, the Data task
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from allo_ray.config.base import bounds
+from allo_ray.config.engine import EngineConfig
 from allo_ray.config.run import RunConfig
 from allo_ray.errors import UserError
 from allo_ray.nodes import Bundle
@@ -41,14 +43,19 @@ class Need:
 
 def needs(config: RunConfig, *own: Bundle) -> list[Need]:
     """What training takes, and what sampling and evaluation take; and what the process takes that runs the stage."""
-    trainer, pool = config.trainer, config.engine.pool
-    workers, actors = (bounds(trainer.workers)[0], bounds(pool.actors)[0])
+    trainer = config.trainer
+    workers = bounds(trainer.workers)[0]
     worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)} | trainer.resources
+    training = Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own))
+    return [training, engine_need(config.engine, *own)]
+
+
+def engine_need(engine: EngineConfig, *own: Bundle) -> Need:
+    """What sampling, scoring and evaluation take."""
+    pool = engine.pool
+    actors = bounds(pool.actors)[0]
     actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)} | pool.resources
-    return [
-        Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own)),
-        Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own)),
-    ]
+    return Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own))
 
 
 def room(needed: Sequence[Need], nodes: Sequence[Bundle], what: str = "one stage") -> int:
@@ -113,5 +120,7 @@ def _copies(bundles: Sequence[Bundle], nodes: Sequence[Bundle]) -> int:
 def _words(amounts: Mapping[str, float], names: Sequence[str]) -> str:
     units = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
     return " and ".join(
-        f"{amounts[name] / (GIB if name == 'memory' else 1):.4g} {units.get(name, name)}" for name in names
+        f"{amounts[name] / (GIB if name == 'memory' else 1):.4g} {units.get(name, name)}"
+        for name in names
+        if amounts[name] < math.inf
     )

@@ -8,6 +8,7 @@ the same list or as the path of a file of Ray's cluster launcher.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def growth(types: Sequence[NodeType], told: str | None) -> list[Bundle]:
     """A bundle for each node that may come: of `types`, or where there are none of what ALLO_RAY_NODES says."""
     if types or not told:
         return [bundle for one in types for bundle in _copies(one)]
-    if told.lstrip().startswith("["):
+    if told.lstrip().startswith(("[", "-")):
         try:
             listed = TypeAdapter(tuple[NodeType, ...]).validate_python(yaml.safe_load(told))
         except ValidationError as error:
@@ -64,12 +65,18 @@ def _copies(one: NodeType) -> list[Bundle]:
 
 
 def _of_launcher(config: Mapping) -> list[Bundle]:
-    """Of a file of `ray up` as it lies on the head, with what each machine offers filled in."""
+    """Of a file of `ray up` as it lies on the head, with what each machine offers filled in.
+
+    Where all kinds together may not come in full (`max_workers` of the whole file) they are counted in turn.
+    """
+    kinds = [
+        kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]
+    ]
+    turns = range(max((kind["max_workers"] for kind in kinds), default=0))
+    coming = [kind for turn in turns for kind in kinds if turn < kind["max_workers"]]
     return [
-        {name: float(amount) for name, amount in kind["resources"].items()}
-        for name, kind in config["available_node_types"].items()
-        if name != config["head_node_type"]
-        for _ in range(min(kind["max_workers"], config["max_workers"]))
+        {"memory": math.inf} | {name: float(amount) for name, amount in kind["resources"].items()}
+        for kind in coming[: config["max_workers"]]
     ]
 
 

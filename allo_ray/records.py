@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -108,9 +109,24 @@ def records(path: str, kind: str = "auto", split: str = "train") -> Iterator[Rec
         yield from read_file(file, told, split)
 
 
+@contextmanager
+def _told_apart(file: str) -> Iterator[None]:
+    """Turns what is wrong with a file into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text ({error}). Convert it to UTF-8.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({_first_line(error)}). Check the file and its format."
+        ) from None
+
+
 def read_file(file: str, kind: Format, split: str = "train") -> Iterator[Record]:
     """Yields the rows of one file."""
-    try:
+    with _told_apart(file):
         if kind == "jsonl":
             yield from _json_lines(file, 0, None, 1)
         elif kind == "parquet":
@@ -130,22 +146,15 @@ def read_file(file: str, kind: Format, split: str = "train") -> Iterator[Record]
         else:
             for row, values in enumerate(_dataset(file, kind, split)):
                 yield Record(file, row, dict(values))
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is no UTF-8 text ({error}). Convert it to UTF-8.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({_first_line(error)}). Check the file and its format."
-        ) from None
 
 
 def pieces(file: str, kind: Format, split: str = "train") -> list[Piece]:
     """Cuts a file into pieces that can be read apart, in order. A file of text is passed through once for that."""
     if kind == "jsonl":
-        return _line_pieces(file)
+        with _told_apart(file):
+            return _line_pieces(file)
     if kind == "parquet":
-        with fsspec.open(file, "rb") as stream:
+        with _told_apart(file), fsspec.open(file, "rb") as stream:
             count = pq.ParquetFile(stream).metadata.num_rows
     elif kind in ("datasets", "hub"):
         count = len(_dataset(file, kind, split))
@@ -157,16 +166,17 @@ def pieces(file: str, kind: Format, split: str = "train") -> list[Piece]:
 
 def read_piece(piece: Piece) -> Iterator[Record]:
     """Yields the rows of a piece."""
-    if piece.kind == "jsonl":
-        yield from _json_lines(piece.file, piece.start, piece.stop, piece.first)
-    elif piece.kind == "parquet":
-        yield from _parquet_rows(piece)
-    elif piece.kind in ("datasets", "hub"):
-        rows = _dataset(piece.file, piece.kind, piece.split)
-        for row in range(piece.start, piece.stop):
-            yield Record(piece.file, row, dict(rows[row]))
-    else:
-        yield from read_file(piece.file, piece.kind, piece.split)
+    with _told_apart(piece.file):
+        if piece.kind == "jsonl":
+            yield from _json_lines(piece.file, piece.start, piece.stop, piece.first)
+        elif piece.kind == "parquet":
+            yield from _parquet_rows(piece)
+        elif piece.kind in ("datasets", "hub"):
+            rows = _dataset(piece.file, piece.kind, piece.split)
+            for row in range(piece.start, piece.stop):
+                yield Record(piece.file, row, dict(rows[row]))
+        else:
+            yield from read_file(piece.file, piece.kind, piece.split)
 
 
 def _parquet_rows(piece: Piece) -> Iterator[Record]:

@@ -146,6 +146,9 @@ def opened(config: RunConfig, folder: Path, warn: Callable[[str], object]) -> It
     trackers = Trackers(backends, warn)
     try:
         yield trackers
+    except SystemExit:  # a scheduler has ended a trial
+        trackers.close(failed=False)
+        raise
     except BaseException:
         trackers.close(failed=True)
         raise

@@ -8,8 +8,8 @@ stage the node at work is killed (SIGKILL to the raylet and everything below it)
 is compared: tables row by row, weights bit by bit, an engine's log-probs within 1e-5. So it goes on, stage by stage;
 what FOLDER holds is not measured again, and one that is broken off goes on where it was.
 
-The other stages (model, prompts, pairs, locate, and rewrite with the arithmetic teacher) work in the driver, on the
-head. A run that loses its driver goes on when it is started again: tests/test_resume.py.
+The other stages (model, prompts, pairs, rewrite with the arithmetic teacher, and on a model this small importance and
+locate) work in the driver, on the head. A run that loses its driver goes on when it is started again: tests/test_resume.py.
 """
 
 from __future__ import annotations
@@ -273,12 +273,14 @@ def contents(root: Path) -> dict[str, tuple[Any, np.ndarray]]:
         whole = file.parent if (file.parent / "owner.json").exists() else file
         found.setdefault(str(whole.relative_to(root)), []).append(pq.read_table(file))
     for name, parts in found.items():
-        rows: dict[str, list[float]] = {}  # a batch answered twice is there twice; readers take it once
+        rows: list[tuple[str, list[float]]] = []
         for row in pa.concat_tables(parts).drop_columns([*MEASURED & set(parts[0].column_names)]).to_pylist():
             floats = {column: numbers for column, value in row.items() if (numbers := _floats(value))}
             exact = {column: value for column, value in row.items() if column not in floats}
-            rows.setdefault(json.dumps(exact, default=str), [one for many in floats.values() for one in many])
-        out[name] = sorted(rows), np.array([number for key in sorted(rows) for number in rows[key]])
+            told = [one for many in floats.values() for one in many]
+            rows.append((json.dumps(exact, default=str), told))
+        rows.sort()
+        out[name] = [key for key, _ in rows], np.array([one for _, told in rows for one in told])
     return out
 
 

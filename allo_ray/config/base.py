@@ -16,11 +16,12 @@ Dtype = Literal["bfloat16", "float32"]
 Count = int | tuple[int, int]
 
 _BYTES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_BYTES |= {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 def _bytes(told: Any) -> Any:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i)?", told) if isinstance(told, str) else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]i|[kMGT])?", told) if isinstance(told, str) else None
     return told if match is None else float(match[1]) * _BYTES[match[2] or ""]
 
 
@@ -33,8 +34,9 @@ def _custom(told: dict[str, float]) -> dict[str, float]:
 
 #: A number of bytes; as a text also as Kubernetes writes it, such as 96Gi.
 Bytes = Annotated[float, BeforeValidator(_bytes), Field(ge=0)]
-#: Amounts of Ray's custom resources, by name.
+#: Amounts of Ray's custom resources, by name: that a process takes, that a node offers.
 Resources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_custom)]
+Offered = Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_custom)]
 
 
 def bounds(count: Count) -> tuple[int, int]:

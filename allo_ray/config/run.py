@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, field_validator, model_validator
 
-from allo_ray.config.base import Bytes, Resources, Section
+from allo_ray.config.base import Bytes, Offered, Section
 from allo_ray.config.data import DataConfig, PairConfig, SuiteConfig, VerifyConfig
 from allo_ray.config.engine import EngineConfig, JudgeConfig, SampleConfig, SamplingConfig, TeacherConfig
 from allo_ray.config.model import ModelConfig
@@ -45,10 +47,10 @@ class NodeType(Section):
     count: int = Field(ge=0)
     num_cpus: float = Field(ge=0)
     num_gpus: float = Field(default=0, ge=0)
-    #: Bytes, or a text such as 96Gi.
-    memory: Bytes = 0
+    #: Bytes, or a text such as 96Gi; where it is not told, as much as anything needs.
+    memory: Bytes = math.inf
     #: What it offers beside these, such as {trainer: 1}.
-    resources: Resources = Field(default_factory=dict)
+    resources: Offered = Field(default_factory=dict)
 
 
 class ClusterConfig(Section):

@@ -34,14 +34,18 @@ def in_order(
         return
     # Not in the placement group of a trial, which holds no CPU; and all nodes read from the store.
     task = ray.remote(_call).options(num_cpus=1, scheduling_strategy="SPREAD")
-    ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
-    for thing in things:
-        waiting.append(task.remote(function, thing))
-        if len(waiting) >= ahead:
+    try:
+        for thing in things:
+            waiting.append(task.remote(function, thing))
+            # Asked each time: the cluster may grow.
+            if len(waiting) >= 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                yield _result(waiting.popleft())
+        while waiting:
             yield _result(waiting.popleft())
-    while waiting:
-        yield _result(waiting.popleft())
+    finally:  # after an error nobody waits for the others, and what they write may be another one's by then
+        for reference in waiting:
+            ray.cancel(reference)
 
 
 def _call(function: Callable[[Thing], Result], thing: Thing) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from allo_ray.neurons.stream import DTYPES
@@ -35,7 +35,10 @@ class RangeFile:
     def __init__(self, url: str) -> None:
         self._files, self._path = fsspec.core.url_to_fs(url)
         length = int.from_bytes(self._files.cat_file(self._path, 0, 8), "little")
-        header = json.loads(self._files.cat_file(self._path, 8, 8 + length))
+        try:
+            header = json.loads(self._files.cat_file(self._path, 8, 8 + length))
+        except ValueError as error:
+            raise SafetensorError(f"{url}: no header of safetensors ({error})") from None
         self._start = 8 + length
         self._metadata = header.pop("__metadata__", None)
         self._entries = header

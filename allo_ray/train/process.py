@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +39,14 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
 
 
 def peak_rss() -> int:
-    """Bytes of memory that this process has held at most (Linux).
+    """Bytes of memory that this process has held at most.
 
-    `ru_maxrss` would not do: a child starts with that of the process that forked it.
+    `ru_maxrss` is the second choice (some sandboxes tell no more): a child starts with that of whoever forked it.
     """
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def masters_of(

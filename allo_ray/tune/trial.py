@@ -1,4 +1,4 @@
-"""One trial: the pipeline of one run, in a process of its own somewhere in the cluster.
+"""One trial: the pipeline of one run, in a process somewhere in the cluster that serves one trial after the other.
 
 It is a plain function for Ray Tune. What it needs of the cluster its stages ask for themselves, outside of the trial's
 own reservation (Ray Data and Ray Train leave the placement group that Tune puts a trial into).
@@ -35,6 +35,9 @@ from allo_ray.tune.sharing import Graph, early_part
 STEP, OBJECTIVE, FOUND = "step", "objective", "found"
 #: Seconds between two words of a trial on what it does.
 TOLD_EVERY = 2.0
+#: Seconds that Tune waits for a trial that it has ended, before it gives the process to the next one. Where that is
+#: not enough it drops the next one without a word, and trackers may take a while to close.
+END_SECONDS = 600
 #: Finished stages, stages, what it does.
 Tell = Callable[[int, int, str], None]
 
@@ -81,6 +84,7 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
     a node that was lost, and what is finished costs nothing.
     """
     quiet()
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
     if Path(setting.folder).is_dir():  # not on another machine, where a job's package lies elsewhere
         os.chdir(setting.folder)
     number, started, made = told["number"], time.perf_counter(), dict(setting.shared)
