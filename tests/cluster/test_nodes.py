@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 
-from allo_ray.capacity import needs, room
+from allo_ray.capacity import Need, needs, room
 from allo_ray.config.load import load
 from allo_ray.config.run import ClusterConfig, NodeType
 from allo_ray.errors import UserError
@@ -73,6 +73,19 @@ def test_a_config_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     config = ClusterConfig(nodes=(NodeType(count=2, num_cpus=4, memory="1.5Gi"),))  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(ray, "nodes", lambda: alive({"CPU": 1.0}))
     assert cluster_nodes(config) == [{"CPU": 4, "GPU": 0, "memory": 1.5 * GIB}] * 2
+
+
+def test_amounts_as_kubernetes_writes_them() -> None:
+    """As YAML in lines, too; G is a power of 1000, and a group without a GPU offers no sampler."""
+    told = "- count: 1\n  num_cpus: 2\n  memory: 96G\n  resources: {sampler: 0}\n"
+    assert growth((), told) == [{"CPU": 2, "GPU": 0, "memory": 96e9, "sampler": 0}]
+
+
+def test_memory_that_is_not_told_is_enough() -> None:
+    nodes = growth((NodeType(count=2, num_cpus=4),), None)
+    assert room([Need("trainer.workers 1", ({"CPU": 1, "memory": 8.0 * GIB},))], nodes) == 8
+    with pytest.raises(UserError, match=r"has 8 CPUs and 0 GPUs on 2 node"):
+        room([Need("trainer.workers 1", ({"CPU": 9, "memory": 8.0 * GIB},))], nodes)
 
 
 def test_a_cluster_that_does_not_grow_is_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,13 @@ def test_an_id_names_one_content(
         write_user_rows(out, source(tmp_path, [*rows, clash]), columns, tokeniser)
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, tokeniser: Tokeniser, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PAR1\xff\xfe and no more")
+    with pytest.raises(UserError, match=rf"{name}.*: (cannot be read|is no UTF-8 text)"):
+        write_user_rows(tmp_path / "out.parquet", str(tmp_path / name), ScoreColumns(), tokeniser)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_tasks_give_what_one_process_gives(
     tmp_path: Path, tokeniser: Tokeniser, tiny_bytes: Path, monkeypatch: pytest.MonkeyPatch

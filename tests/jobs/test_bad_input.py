@@ -174,3 +174,22 @@ def test_rules_are_counted_and_other_settings_refused(
     ):
         assert difference in refused("sample", told | change)
     assert files() == before
+
+
+@pytest.mark.parametrize("job", ["sample", "score"])
+def test_engines_that_no_node_has_room_for_are_told_at_once(
+    job: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Not waited for without end: the cluster of this machine offers no `sampler`."""
+    told: dict[str, Any] = {
+        "out": str(tmp_path / "out"),
+        "engine": ENGINE | {"pool": {"resources": {"sampler": 1}}},
+    }
+    rows = lines(tmp_path / "x.jsonl", [QUESTION | GIVEN])
+    told |= {"data": {"path": rows}} if job == "sample" else {"rows": rows}
+    config = config_file(tmp_path / "job.yaml", tiny_llama, told)
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", "--config", config], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert re.search(r"error: the job needs .*sampler.*too little sampler", done.stderr), done.stderr[-2000:]
