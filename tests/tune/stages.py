@@ -3,7 +3,8 @@
     model - sft - forget (k1, u) - learn (k2, v) - evaluate (SFT, forgotten, ALLO)
 
 Every execution that ends leaves a line in journal.txt beside the store: stage, key, process, beginning and end; each
-forgetting that begins leaves one in begun.txt. As a script it is the driver of a campaign on a running cluster, which
+forgetting that begins leaves one in begun.txt. Where there is a file closed.txt, trackers take three seconds to close
+and leave whether the trial failed in it. As a script it is the driver of a campaign on a running cluster, which
 tests kill:
 
     python -m tests.tune.stages CAMPAIGN ADDRESS
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from allo_ray import tables
+from allo_ray import tables, track
 from allo_ray.config.run import RunConfig
 from allo_ray.config.tune import Campaign, load_campaign
 from allo_ray.errors import UserError
@@ -84,9 +85,26 @@ def _sft(ctx: Context) -> None:
     _journal(ctx, "sft", begun)
 
 
+def _close_slowly(notes: Path) -> None:
+    """In this process, for the trials that it serves from now on."""
+    close = track.Trackers.close
+    if close.__name__ == "slowly":
+        return
+
+    def slowly(trackers: track.Trackers, failed: bool) -> None:
+        time.sleep(3)
+        close(trackers, failed)
+        with notes.open("a") as file:
+            file.write(f"{failed}\n")
+
+    track.Trackers.close = slowly  # type: ignore[method-assign]
+
+
 def _forget(ctx: Context) -> None:
     """Best at k1 = 0.1 and u = 0.9."""
     begun = time.time()
+    if (notes := Path(ctx.store.root).parent / "closed.txt").exists():
+        _close_slowly(notes)
     with (Path(ctx.store.root).parent / "begun.txt").open("a") as file:
         file.write(f"{ctx.key} {os.getpid()} {begun}\n")
     assert ctx.config.forget is not None

@@ -148,6 +148,17 @@ def test_asha_stops_trials_after_forgetting(write_campaign: Write, tmp_path: Pat
     assert again.summary["trials"] == found.summary["trials"]
 
 
+def test_trackers_that_close_slowly_cost_no_trial(write_campaign: Write, tmp_path: Path) -> None:
+    """ASHA ends every trial itself, the finished one too, while its trackers are open. They take longer to close than
+    Tune would wait before it gives the process to the next trial; and none of the trials has failed."""
+    (tmp_path / "closed.txt").touch()
+    space = {"u": "grid(0.9, 0.8, 0.7)", "v": "grid(0.2, 0.4)"}
+    told = {"space": space, "scheduler": "asha", "keep": 0.5, "concurrent": 1}
+    found = run(load_campaign(write_campaign(**told, set={"track": {"tensorboard": {}}})))
+    assert found.summary["trials"] == {"asked": 6, "finished": 2, "stopped early": 4}
+    assert set((tmp_path / "closed.txt").read_text().split()) == {"False"}
+
+
 def test_two_objectives_give_a_front(write_campaign: Write) -> None:
     second = {"metric": "kl", "goal": "minimise"}
     found = run(load_campaign(write_campaign(second=second)))
