@@ -1,10 +1,11 @@
 """What sharing saves: a campaign on the smoke preset beside runs that share nothing, by compute.
 
-    python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4] [--alone 2]
+    python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4]
 
-The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Beside it
-run `--alone` of its trials as `allo align` with an empty store each, multiplied to as many as the campaign has. All
-are processes of their own, one after the other, with clusters of their own.
+The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Then
+`--concurrent` of its trials run as `allo align` with an empty store each, multiplied to as many as the campaign has: all
+at once, since a machine does less in a CPU second the busier it is. All are processes of their own, with clusters of
+their own.
 
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +164,16 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     parser.add_argument("--trials", type=int, default=16, choices=sorted(GRIDS))
     parser.add_argument("--concurrent", type=int, default=4)
-    parser.add_argument("--alone", type=int, default=2)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / str(number) for number in range(told.alone + 1)]
+        folders = [Path(name) / str(number) for number in range(told.concurrent + 1)]
         for folder in folders:
             folder.mkdir()
         shared = campaign(folders[0], told.trials, told.concurrent)
         records = shared.pop("records")
-        chosen = [records[-1 - 5 * number % len(records)] for number in range(told.alone)]
-        runs = [alone(one, folders[0], record) for one, record in zip(folders[1:], chosen, strict=True)]
+        chosen = [records[-1 - 5 * number % len(records)] for number in range(told.concurrent)]
+        with ThreadPoolExecutor(told.concurrent) as pool:
+            runs = list(pool.map(lambda one, record: alone(one, folders[0], record), folders[1:], chosen))
 
     def independent(figure: str) -> float:
         return told.trials * sum(run[figure] for run in runs) / len(runs)

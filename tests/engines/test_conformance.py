@@ -17,7 +17,7 @@ import ray
 import torch
 
 from allo_ray.config.engine import EngineConfig, EngineResources
-from allo_ray.engines.base import Completion, GenerateRequest, Sampling, ScoreRequest, sample_seed
+from allo_ray.engines.base import Completion, EngineDied, GenerateRequest, Sampling, ScoreRequest, sample_seed
 from allo_ray.engines.build import build_engine, engine_environment
 from allo_ray.models import tiny_model
 
@@ -35,6 +35,15 @@ class EngineActor:
 
     def longest(self) -> int:
         return self.engine.max_model_len
+
+    def break_down(self) -> None:
+        """vLLM's next step raises."""
+
+        def step() -> None:
+            raise RuntimeError("out of memory")
+
+        inner: Any = self.engine
+        inner._engine.step = step
 
 
 @dataclass
@@ -208,6 +217,21 @@ def test_other_weights_are_taken_over(engines: dict[str, Remote], tiny_qwen: Pat
         assert engine.generate(long_prompt, greedy) == fresh.generate(long_prompt, greedy)
         engine.load_weights(tiny_qwen)
     ray.kill(fresh.actor)
+
+
+def test_a_vllm_that_breaks_fails_all_its_callers(ray_cluster: None, tiny_qwen: Path) -> None:
+    """Who waits for an answer, who comes later, and who wants other weights: all are told, none waits without end."""
+    broken = start("vllm", tiny_qwen)
+    asked = [GenerateRequest(prompts(1)[0])]
+    greedy = Sampling(temperature=0, max_tokens=4)
+    assert len(broken.generate(asked, greedy)) == 1
+    ray.get(broken.actor.break_down.remote())
+    for _ in range(2):
+        with pytest.raises(EngineDied, match="out of memory"):
+            broken.generate(asked, greedy)
+    with pytest.raises(EngineDied, match="out of memory"):
+        broken.load_weights(tiny_qwen)
+    ray.kill(broken.actor)
 
 
 def test_seeds_differ_by_run_prompt_and_index() -> None:
