@@ -3,9 +3,9 @@
     python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4]
 
 The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Then
-`--concurrent` of its trials run as `allo align` with an empty store each, multiplied to as many as the campaign has: all
-at once, since a machine does less in a CPU second the busier it is. All are processes of their own, with clusters of
-their own.
+`--concurrent` of its trials run as `allo align` with an empty store each, multiplied to as many as the campaign has:
+all at once, since a machine does less in a CPU second the busier it is. All are processes of their own, with clusters
+of their own.
 
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side

@@ -9,7 +9,8 @@ is compared: tables row by row, weights bit by bit, an engine's log-probs within
 what FOLDER holds is not measured again, and one that is broken off goes on where it was.
 
 The other stages (model, prompts, pairs, rewrite with the arithmetic teacher, and on a model this small importance and
-locate) work in the driver, on the head. A run that loses its driver goes on when it is started again: tests/test_resume.py.
+locate) work in the driver, on the head. A run that loses its driver goes on when it is started again:
+tests/test_resume.py.
 """
 
 from __future__ import annotations
