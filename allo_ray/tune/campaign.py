@@ -127,8 +127,9 @@ def search(
             trackers.steps(stage, curve.to_pylist())
     shared = {name: f"{item.artifact.stage}/{item.artifact.key}" for name, item in made.items()}
     start: Scores = {}
-    if EVALUATE in made:
-        start = scores_of(made[EVALUATE].artifact)
+    evaluated = made[EVALUATE].artifact if EVALUATE in made else None
+    if evaluated is not None:
+        start = scores_of(evaluated)
         shared[f"{EVALUATE} (shared)"] = shared.pop(EVALUATE)
     missing = config.total - len(records.ended)
     try:
@@ -136,7 +137,8 @@ def search(
             lines.say(f"{missing} trials to go, {min(at_once, missing)} at a time")
             board = put_up()
             results_folder = str(records.folder.absolute())
-            setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, open_desk(at_once))
+            desk = open_desk(at_once, evaluated)
+            setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, desk)
             with Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
                 _fit(setting, CampaignSearcher(campaign, records, watch), scheduler, missing, at_once)

@@ -2,8 +2,8 @@
 
 An engine takes seconds to minutes to start; the questions of one small trial take it less. So trials hand their
 questions to the desk, an actor beside the driver. It starts engines at once for work that takes longer than they take
-to start. Smaller work waits for others' to come along, at most as long as a start takes and for a start under way;
-then all that lies there is answered together. A trial that waits holds no CPU and no GPU.
+to start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take and for engines that
+are under way; then all that lies there is answered together. A trial that waits holds no CPU and no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from allo_ray.data.task_errors import users_error
 from allo_ray.session import quiet
 from allo_ray.stages.answers import Asked, answer
 from allo_ray.stages.base import Progress
-from allo_ray.store import Store
+from allo_ray.store import Artifact, Store
+
+#: 16 trials of the smoke preset, four at a time, started engines nine times where this was 1.
+PATIENCE = 2
 
 
 @dataclass(eq=False)
@@ -48,14 +51,14 @@ class _Call:
 class Desk:
     """Takes calls from several threads; the first one that may start answers all that lie there."""
 
-    def __init__(self) -> None:
+    def __init__(self, startup: float | None = None, per_request: float = 0.0) -> None:
+        """Seconds that engines took to start, and for each request then; where it is not known the first call tells."""
         quiet()
         self._turn = threading.Condition()
         self._waiting: list[_Call] = []
         self._running = 0
-        #: Seconds, as the last engines took them; unknown before the first ones are done.
-        self._startup: float | None = None
-        self._per_request = 0.0
+        #: As the last engines took them.
+        self._startup, self._per_request = startup, per_request
 
     def answer(self, asked: Asked, engine: EngineConfig, store: str) -> float:
         """See `stages.answers.Answer`; `store` is its root."""
@@ -91,7 +94,7 @@ class Desk:
         work = self._per_request * sum(one.requests for one in self._waiting)
         if work >= self._startup:
             return True
-        return not self._running and time.monotonic() - call.came >= self._startup
+        return not self._running and time.monotonic() - call.came >= PATIENCE * self._startup
 
     def _serve(self, calls: Sequence[_Call]) -> None:
         """Answers calls with one pool of engines; where that fails, each with one of its own."""
@@ -112,11 +115,18 @@ class Desk:
             call.seconds = startup
 
 
-def open_desk(callers: int) -> Any:
-    """Starts the desk on this node, for so many callers at a time; it reserves nothing, and is replaced if it dies."""
+def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
+    """Starts the desk on this node, for so many callers at a time; it reserves nothing, and is replaced if it dies.
+
+    `evaluated`: an evaluation that tells how long engines take.
+    """
+    known: tuple[float, ...] = ()
+    if evaluated is not None and evaluated.startup_seconds > 0:
+        requests = len(evaluated.facts["models"]) * sum(evaluated.facts["counts"].values())
+        known = evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = dict(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=callers)
-    return ray.remote(Desk).options(scheduling_strategy=here, **options).remote()
+    return ray.remote(Desk).options(scheduling_strategy=here, **options).remote(*known)
 
 
 @dataclass(frozen=True)
