@@ -51,42 +51,44 @@ class Engines:
         return self.startup
 
 
-def test_small_calls_wait_for_each_other_and_large_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_calls_wait_for_each_other_and_large_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A start takes 1 s, 10 rows 10 ms. Calls 1 and 2 come while 0 starts, and 3 at its end: one start for the three.
     Call 4 alone waits two seconds for company. Call 6 has 2 s of work: it starts at once, and takes call 5 along, which
     waited."""
-    engines = Engines(1.0)
+    engines, store = Engines(1.0), str(tmp_path)
     monkeypatch.setattr(desk, "answer", engines)
     at = Desk()
     with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(at.answer, asked(0), ENGINE, "s")]
+        calls = [pool.submit(at.answer, asked(0), ENGINE, store)]
         assert engines.busy.wait(5)
-        calls += [pool.submit(at.answer, asked(number), ENGINE, "s") for number in (1, 2)]
+        calls += [pool.submit(at.answer, asked(number), ENGINE, store) for number in (1, 2)]
         calls[0].result()
-        calls.append(pool.submit(at.answer, asked(3), ENGINE, "s"))
+        calls.append(pool.submit(at.answer, asked(3), ENGINE, store))
         assert [call.result() for call in calls] == [1.0] * 4
         assert [sorted(keys) for keys in engines.starts] == [["0"], ["1", "2", "3"]]
         began = time.monotonic()
-        small = pool.submit(at.answer, asked(4), ENGINE, "s")
+        small = pool.submit(at.answer, asked(4), ENGINE, store)
         small.result()
         assert time.monotonic() - began > 2.9
-        small = pool.submit(at.answer, asked(5), ENGINE, "s")
+        small = pool.submit(at.answer, asked(5), ENGINE, store)
         time.sleep(0.2)
-        large = pool.submit(at.answer, asked(6, 2000), ENGINE, "s")
+        large = pool.submit(at.answer, asked(6, 2000), ENGINE, store)
         large.result()
         assert small.result() == 1.0
         assert sorted(engines.starts[-1]) == ["5", "6"]
 
 
-def test_one_trials_error_is_not_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_trials_error_is_not_anothers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two calls share a start that fails: each is tried alone, and only the bad one fails."""
-    engines = Engines(0.2)
+    engines, store = Engines(0.2), str(tmp_path)
     monkeypatch.setattr(desk, "answer", engines)
     at = Desk()
     with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(at.answer, asked(0), ENGINE, "s")
+        first = pool.submit(at.answer, asked(0), ENGINE, store)
         assert engines.busy.wait(5)
-        good = pool.submit(at.answer, asked(1), ENGINE, "s")
+        good = pool.submit(at.answer, asked(1), ENGINE, store)
         bad = pool.submit(
             at.answer, {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}, ENGINE, "s"
         )
