@@ -90,7 +90,7 @@ def test_one_trials_error_is_not_anothers(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert engines.busy.wait(5)
         good = pool.submit(at.answer, asked(1), ENGINE, store)
         bad = pool.submit(
-            at.answer, {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}, ENGINE, "s"
+            at.answer, {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}, ENGINE, store
         )
         assert first.result() == good.result() == 0.2
         with pytest.raises(UserError, match="does not start"):
