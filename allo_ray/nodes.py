@@ -60,14 +60,16 @@ def growth(types: Sequence[NodeType], told: str | None) -> list[Bundle]:
 
 
 def _copies(one: NodeType) -> list[Bundle]:
-    offered = {"CPU": one.num_cpus, "GPU": one.num_gpus, "memory": one.memory} | one.resources
+    memory = math.inf if one.memory is None else one.memory
+    offered = {"CPU": one.num_cpus, "GPU": one.num_gpus, "memory": memory} | one.resources
     return [offered] * one.count
 
 
 def _of_launcher(config: Mapping) -> list[Bundle]:
     """Of a file of `ray up` as it lies on the head, with what each machine offers filled in.
 
-    Where all kinds together may not come in full (`max_workers` of the whole file) they are counted in turn.
+    Where all kinds together may not come in full (`max_workers` of the whole file) they are counted in turn; a run that
+    needs more of one kind says so in `cluster.nodes`.
     """
     kinds = [
         kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]

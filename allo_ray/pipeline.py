@@ -163,9 +163,10 @@ def _execute(
                 "settings": dict(node.settings),
                 "inputs": {role: f"{artifact.stage}/{artifact.key}" for role, artifact in inputs.items()},
                 "facts": context.facts,
-                "seconds": round(end - start, 3),
+                "seconds": round(end - start - context.waited_seconds, 3),
                 "startup_seconds": round(context.startup_seconds, 3),
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
-    return Done(artifact, cached=False, at_work=(min(start + context.startup_seconds, end), end))
+    idle = context.startup_seconds + context.waited_seconds
+    return Done(artifact, cached=False, at_work=(min(start + idle, end), end))

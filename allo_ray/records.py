@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -155,13 +155,34 @@ def pieces(file: str, kind: Format, split: str = "train") -> list[Piece]:
             return _line_pieces(file)
     if kind == "parquet":
         with _told_apart(file), fsspec.open(file, "rb") as stream:
-            count = pq.ParquetFile(stream).metadata.num_rows
-    elif kind in ("datasets", "hub"):
+            told = pq.ParquetFile(stream).metadata
+        groups = [told.row_group(group).num_rows for group in range(told.num_row_groups)]
+        return [Piece(file, kind, split, start, stop, start) for start, stop in _group_pieces(groups)]
+    if kind in ("datasets", "hub"):
         count = len(_dataset(file, kind, split))
     else:
         return [Piece(file, kind, split, 0, -1, 0)]
     starts = range(0, count, PIECE_ROWS)
     return [Piece(file, kind, split, start, min(count, start + PIECE_ROWS), start) for start in starts]
+
+
+def _group_pieces(groups: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of a Parquet file with so many rows in its groups.
+
+    Whoever reads a part of a group unpacks all of it, so a large group makes at most 16 pieces.
+    """
+    start = stop = 0
+    for rows in groups:
+        if stop > start and stop - start + rows > PIECE_ROWS:
+            yield start, stop
+            start = stop
+        if rows > PIECE_ROWS:
+            step = max(PIECE_ROWS, -(-rows // 16))
+            yield from ((at, min(at + step, stop + rows)) for at in range(stop, stop + rows, step))
+            start = stop + rows
+        stop += rows
+    if stop > start:
+        yield start, stop
 
 
 def read_piece(piece: Piece) -> Iterator[Record]:
@@ -189,10 +210,11 @@ def _parquet_rows(piece: Piece) -> Iterator[Record]:
             if first < piece.stop and first + count > piece.start:
                 row = first
                 for batch in table.iter_batches(PIECE_ROWS, row_groups=[group]):
-                    for values in batch.to_pylist():
-                        if piece.start <= row < piece.stop:
-                            yield Record(piece.file, row, values)
-                        row += 1
+                    skipped = max(0, piece.start - row)
+                    wanted = batch.slice(skipped, max(0, piece.stop - row - skipped))
+                    for at, values in enumerate(wanted.to_pylist()):
+                        yield Record(piece.file, row + skipped + at, values)
+                    row += len(batch)
             first += count
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field, field_validator, model_validator
 
 from allo_ray.config.base import Bytes, Offered, Section
@@ -48,7 +46,7 @@ class NodeType(Section):
     num_cpus: float = Field(ge=0)
     num_gpus: float = Field(default=0, ge=0)
     #: Bytes, or a text such as 96Gi; where it is not told, as much as anything needs.
-    memory: Bytes = math.inf
+    memory: Bytes | None = None
     #: What it offers beside these, such as {trainer: 1}.
     resources: Offered = Field(default_factory=dict)
 

@@ -6,8 +6,9 @@ under which id the score of every row of the source is found. A large source is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,8 @@ def write_user_rows(
     unsorted = out.with_name(f".{out.name}.unsorted")
     ids: list[np.ndarray] = []
     contents: list[np.ndarray] = []
-    make = _Maker(columns, tokeniser, policy or tokeniser)
     with pq.ParquetWriter(unsorted, _ALL, compression="lz4") as writer:
-        for block in in_order(make, _pieces(source), here=in_place(source)):
+        for block in _blocks(_Maker(columns, tokeniser, policy or tokeniser), _pieces(source)):
             ids.append(hash_ids(block.column("id").to_pylist()))
             contents.append(hash_ids(block.column("content").to_pylist()))
             writer.write_table(block)
@@ -116,8 +116,19 @@ def _pieces(source: str) -> list[Piece]:
     return [piece for file, kind in find_files(source) for piece in pieces(file, kind)]
 
 
+def _blocks(make: _Maker, found: Sequence[Piece]) -> Iterator[pa.Table]:
+    """Rows of _ALL in the source's order; a few pieces, and files that cannot be cut, are read in place."""
+    if len(found) > PIECES_IN_PLACE and all(piece.stop >= 0 for piece in found):
+        yield from in_order(make, found)
+        return
+    for piece in found:
+        rows = read_piece(piece)
+        while chunk := list(islice(rows, BATCH_ROWS)):
+            yield make.table(chunk)
+
+
 class _Maker:
-    """Turns a piece of the source into rows of _ALL. `own` reads the rows, `tokeniser` is the scoring model's."""
+    """Turns records into rows of _ALL. `own` reads them, `tokeniser` is the scoring model's."""
 
     def __init__(self, columns: ScoreColumns, tokeniser: Tokeniser, own: Tokeniser) -> None:
         self.columns, self.tokeniser, self.own = columns, tokeniser, own
@@ -126,7 +137,10 @@ class _Maker:
         self.vocabulary = int(model_facts(own.folder).get("vocab_size", len(own.hf)))
 
     def __call__(self, piece: Piece) -> pa.Table:
-        return pa.Table.from_pylist([self._row(record) for record in read_piece(piece)], schema=_ALL)
+        return self.table(read_piece(piece))
+
+    def table(self, found: Iterable[Record]) -> pa.Table:
+        return pa.Table.from_pylist([self._row(record) for record in found], schema=_ALL)
 
     def _row(self, record: Record) -> dict[str, Any]:
         context = _ids(record, self.columns.context, self.own.prompt, self.vocabulary)

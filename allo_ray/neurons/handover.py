@@ -58,6 +58,10 @@ def _of_rows(gradient: Tensor, indices: Tensor) -> Tensor:
 def block_node(weight: Tensor) -> Any:
     """What takes the gradient of an alias in blocks, for `BlockGradient`; None where it has to come whole."""
     node: Any = weight.grad_fn
+    while type(node).__name__.startswith(
+        "PreBackwardFunctionForModule"
+    ):  # of ZeRO 3: hands gradients on as they are
+        node = node.next_functions[0][0]
     return node if isinstance(node, Handover._backward_cls) and node.indices is not None else None  # pyright: ignore
 
 

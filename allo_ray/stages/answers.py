@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference import Job, run
@@ -14,19 +14,27 @@ from allo_ray.store import Store
 Asked = Mapping[tuple[str, str], Job]
 
 
+class Spent(NamedTuple):
+    """Seconds until the first engine was ready, and seconds that passed for others' sake."""
+
+    startup: float
+    waited: float = 0.0
+
+
 class Answer(Protocol):
-    """Publishes all that is asked, and returns the seconds until the first engine was ready.
+    """Publishes all that is asked.
 
     Raises:
         UserError: as `data.inference.run`.
     """
 
-    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> float: ...
+    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> Spent: ...
 
 
-def answer(asked: Asked, engine: EngineConfig, store: Store, progress: Progress | None = None, /) -> float:
+def answer(asked: Asked, engine: EngineConfig, store: Store, progress: Progress | None = None, /) -> Spent:
     """See `Answer`."""
     facts = run(list(asked.values()), engine, progress)
     for told, (stage, key) in zip(facts, asked, strict=True):
         store.publish(stage, key, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
-    return max(told["startup_seconds"] for told in facts)
+    # Of a job of which nothing was left to do it is the time of the whole run.
+    return Spent(min(told["startup_seconds"] for told in facts))

@@ -41,6 +41,8 @@ class Context:
     facts: dict[str, Any] = field(default_factory=dict)
     #: Seconds before the first row or batch of real work began.
     startup_seconds: float = 0.0
+    #: Seconds in which the stage did nothing but wait for others' work; they are not told as its own.
+    waited_seconds: float = 0.0
 
     def file(self, role: str, name: str) -> Path:
         """A file of an input, on this machine."""

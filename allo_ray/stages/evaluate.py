@@ -229,7 +229,8 @@ def _ask(
             jobs[task.stage, key] = Job(task.rows, folder, task.work, out, key)
     if not jobs:
         return
-    ctx.startup_seconds = (ctx.answer or answer)(jobs, ctx.config.engine, ctx.store, ctx.progress)
+    spent = (ctx.answer or answer)(jobs, ctx.config.engine, ctx.store, ctx.progress)
+    ctx.startup_seconds, ctx.waited_seconds = spent
     shutil.rmtree(exports, ignore_errors=True)
 
 

@@ -2,8 +2,8 @@
 
 An engine takes seconds to minutes to start; the questions of one small trial take it less. So trials hand their
 questions to the desk, an actor beside the driver. It starts engines at once for work that takes longer than they take
-to start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take and for engines that
-are under way; then all that lies there is answered together. A trial that waits holds no CPU and no GPU.
+to start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take; then all that lies
+there is answered together. A trial that waits holds no CPU and no GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.task_errors import users_error
+from allo_ray.results import KL
 from allo_ray.session import quiet
-from allo_ray.stages.answers import Asked, answer
+from allo_ray.stages.answers import Asked, Spent, answer
 from allo_ray.stages.base import Progress
 from allo_ray.store import Artifact, Store
 
@@ -30,18 +31,18 @@ PATIENCE = 2
 
 @dataclass(eq=False)
 class _Call:
-    """What one trial asks. `seconds`, or `error`, is there when it is answered."""
+    """What one trial asks. `spent`, or `error`, is there when it is answered."""
 
     asked: Asked
     engine: EngineConfig
     store: str
     came: float = field(default_factory=time.monotonic)
-    seconds: float | None = None
+    spent: Spent | None = None
     error: Exception | None = None
 
     @property
     def answered(self) -> bool:
-        return self.seconds is not None or self.error is not None
+        return self.spent is not None or self.error is not None
 
     @property
     def requests(self) -> int:
@@ -51,16 +52,17 @@ class _Call:
 class Desk:
     """Takes calls from several threads; the first one that may start answers all that lie there."""
 
-    def __init__(self, startup: float | None = None, per_request: float = 0.0) -> None:
-        """Seconds that engines took to start, and for each request then; where it is not known the first call tells."""
+    def __init__(self, startup: float = 0.0, per_request: float = 0.0) -> None:
+        """Seconds that engines took to start, and for each request then; where that is not known calls do not wait."""
         quiet()
         self._turn = threading.Condition()
         self._waiting: list[_Call] = []
-        self._running = 0
+        #: What is being answered: a trial that was lost and asks again waits for its first call.
+        self._under_way: set[tuple[str, str]] = set()
         #: As the last engines took them.
         self._startup, self._per_request = startup, per_request
 
-    def answer(self, asked: Asked, engine: EngineConfig, store: str) -> float:
+    def answer(self, asked: Asked, engine: EngineConfig, store: str) -> Spent:
         """See `stages.answers.Answer`; `store` is its root."""
         call = _Call(asked, engine, store)
         with self._turn:
@@ -72,36 +74,37 @@ class Desk:
                     self._turn.wait(1.0)
                 if call.answered:
                     break
-                together = [one for one in self._waiting if (one.engine, one.store) == (engine, store)]
+                together = [one for one in self._waiting if self._goes_with(call, one)]
                 self._waiting = [one for one in self._waiting if one not in together]
-                self._running += 1
+                keys = {key for one in together for key in one.asked}
+                self._under_way |= keys
             try:
                 self._serve(together)
             finally:
                 with self._turn:
-                    self._running -= 1
+                    self._under_way -= keys
                     self._turn.notify_all()
         if call.error is not None:
             raise call.error
-        assert call.seconds is not None, "answered"
-        return call.seconds
+        assert call.spent is not None, "answered"
+        return call.spent
 
     def _may_start(self, call: _Call) -> bool:
-        if call not in self._waiting:  # another one's thread serves it
+        if call not in self._waiting or self._under_way & call.asked.keys():  # another thread is at it
             return False
-        if self._startup is None:
-            return not self._running
         work = self._per_request * sum(one.requests for one in self._waiting)
-        if work >= self._startup:
-            return True
-        return not self._running and time.monotonic() - call.came >= PATIENCE * self._startup
+        return work >= self._startup or time.monotonic() - call.came >= PATIENCE * self._startup
+
+    def _goes_with(self, call: _Call, one: _Call) -> bool:
+        return (one.engine, one.store) == (call.engine, call.store) and not self._under_way & one.asked.keys()
 
     def _serve(self, calls: Sequence[_Call]) -> None:
         """Answers calls with one pool of engines; where that fails, each with one of its own."""
-        asked = {key: job for call in calls for key, job in call.asked.items()}
+        store = Store(calls[0].store)
+        asked = {key: job for call in calls for key, job in call.asked.items() if store.find(*key) is None}
         began = time.monotonic()
         try:
-            startup = answer(asked, calls[0].engine, Store(calls[0].store))
+            startup = answer(asked, calls[0].engine, store).startup if asked else 0.0
         except Exception as error:
             if len(calls) > 1:
                 for call in calls:
@@ -109,10 +112,13 @@ class Desk:
             else:
                 calls[0].error = error
             return
-        self._startup = startup
-        self._per_request = (time.monotonic() - began - startup) / sum(call.requests for call in calls)
+        ended, requests = time.monotonic(), sum(call.requests for call in calls)
+        per_request = (ended - began - startup) / requests
+        if asked:
+            self._startup, self._per_request = startup, per_request
         for call in calls:
-            call.seconds = startup
+            own = startup / len(calls) + per_request * call.requests
+            call.spent = Spent(startup / len(calls), max(0.0, ended - call.came - own))
 
 
 def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
@@ -122,7 +128,9 @@ def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
     """
     known: tuple[float, ...] = ()
     if evaluated is not None and evaluated.startup_seconds > 0:
-        requests = len(evaluated.facts["models"]) * sum(evaluated.facts["counts"].values())
+        facts = evaluated.facts
+        requests = len(facts["models"]) * sum(facts["counts"].values())
+        requests += sum(told["n"] for told in facts.get(KL, {}).values())
         known = evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = dict(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=callers)
@@ -135,6 +143,6 @@ class AtTheDesk:
 
     desk: Any
 
-    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> float:
+    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> Spent:
         with users_error():
             return ray.get(self.desk.answer.remote(asked, engine, store.root))

@@ -108,6 +108,22 @@ def test_a_wrong_row_in_a_source_of_many_pieces(
         pairs_of(tmp_path, tokeniser, rows)
 
 
+def test_a_parquet_file_is_cut_along_its_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small groups are taken together up to 10 rows; one of 200 is unpacked 16 times, of 13 rows each but the last."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(records, "PIECE_ROWS", 10)
+    table = pa.table({"prompt": [str(i) for i in range(212)]})
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for start, rows in ((0, 4), (4, 4), (8, 4), (12, 200)):
+            writer.write_table(table.slice(start, rows))
+    cut = [(piece.start, piece.stop) for piece in records.pieces(str(tmp_path / "x.parquet"), "parquet")]
+    large = [(at, min(at + 13, 212)) for at in range(12, 212, 13)]
+    assert cut == [(0, 8), (8, 12), *large]
+    assert len(large) == 16
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
 def test_pieces_join_to_the_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets

@@ -20,6 +20,7 @@ import torch
 from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
+from allo_ray.neurons.handover import BlockGradient
 from allo_ray.neurons.parametrize import attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
@@ -64,6 +65,9 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
     # The longest row of each rank's share.
     first, second = (micro_batches(batches[0], "pair", 2, at, 80)[0][0] for at in range(2))
 
+    blocks = []
+    init = BlockGradient.__init__
+    BlockGradient.__init__ = lambda self, *args: (blocks.append(args), init(self, *args))[1]  # type: ignore[method-assign]
     for stage in range(4):
         updater = build(stage)
         refuses("gradient", updater, {row.id: overflowing(row) for row in (first, second)}, beta=100.0)
@@ -73,7 +77,9 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
             whole = [updater.neurons.selection.size_of(tensor.name) for tensor in updater.neurons.attached]
             assert all(part <= -(-size // 2) for part, size in zip(sharded, whole, strict=True))
         torch.ones(rank << 28, dtype=torch.uint8)  # 256 MiB on rank 1, gone at once
+        blocks.clear()
         reached = run(updater, plan, batches[:2], Progress(), add_up)
+        assert blocks, "the head's gradient came whole"
         told = reached.metrics[-1]
         assert told["tokens_per_second"] == told["tokens"] / told["seconds"] > 0
         own = peak_rss()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +16,7 @@ from allo_ray.data.inference_work import SampleWork
 from allo_ray.data.tokenise import Tokeniser
 from allo_ray.engines.base import Sampling
 from allo_ray.errors import UserError
-from allo_ray.stages.answers import Asked
+from allo_ray.stages.answers import Asked, Spent
 from allo_ray.store import Store
 from allo_ray.tune import desk
 from allo_ray.tune.desk import AtTheDesk, Desk, open_desk
@@ -39,62 +37,72 @@ class Engines:
     def __init__(self, startup: float) -> None:
         self.startup = startup
         self.starts: list[list[str]] = []
-        self.busy = threading.Event()
 
-    def __call__(self, together: Asked, *_: Any) -> float:
-        self.starts.append([key for _, key in together])
-        self.busy.set()
+    def __call__(self, together: Asked, engine: EngineConfig, store: Store) -> Spent:
+        self.starts.append(sorted(key for _, key in together))
         if "bad" in self.starts[-1]:
             raise UserError("the model does not start")
         time.sleep(self.startup + 0.001 * sum(len(job.rows) for job in together.values()))  # type: ignore[arg-type]
-        self.busy.clear()
-        return self.startup
+        for stage, key in together:
+            store.work_folder(stage, key)
+            store.publish(stage, key, {"facts": {}, "seconds": 0, "startup_seconds": 0})
+        return Spent(self.startup)
 
 
 def test_small_calls_wait_for_each_other_and_large_ones_do_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A start takes 1 s, 10 rows 10 ms. Calls 1 and 2 come while 0 starts, and 3 at its end: one start for the three.
-    Call 4 alone waits two seconds for company. Call 6 has 2 s of work: it starts at once, and takes call 5 along, which
-    waited."""
-    engines, store = Engines(1.0), str(tmp_path)
+    """A start takes 1 s, a row 1 ms. Three calls of 10 rows come within the two seconds that the first one waits: one
+    start, of which each bears a third. A call of 2,000 rows starts at once and takes along what waits. A small one that
+    comes then waits its two seconds, and starts beside it."""
+    engines, store, at = Engines(1.0), str(tmp_path), Desk(1.0, 0.001)
     monkeypatch.setattr(desk, "answer", engines)
-    at = Desk()
+
+    def call(number: int, rows: int = 10) -> Future[Spent]:
+        return pool.submit(at.answer, asked(number, rows), ENGINE, store)
+
     with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(at.answer, asked(0), ENGINE, store)]
-        assert engines.busy.wait(5)
-        calls += [pool.submit(at.answer, asked(number), ENGINE, store) for number in (1, 2)]
-        calls[0].result()
-        calls.append(pool.submit(at.answer, asked(3), ENGINE, store))
-        assert [call.result() for call in calls] == [1.0] * 4
-        assert [sorted(keys) for keys in engines.starts] == [["0"], ["1", "2", "3"]]
         began = time.monotonic()
-        small = pool.submit(at.answer, asked(4), ENGINE, store)
-        small.result()
+        for spent in [one.result() for one in [call(0), call(1), call(2)]]:
+            assert spent.startup == pytest.approx(1 / 3)
+            assert spent.waited == pytest.approx(2 + 2 / 3, abs=0.5)
         assert time.monotonic() - began > 2.9
-        small = pool.submit(at.answer, asked(5), ENGINE, store)
+        small = call(3)
         time.sleep(0.2)
-        large = pool.submit(at.answer, asked(6, 2000), ENGINE, store)
-        large.result()
-        assert small.result() == 1.0
-        assert sorted(engines.starts[-1]) == ["5", "6"]
+        large = call(4, 2000)
+        time.sleep(0.2)
+        late = call(5)
+        assert large.result().startup == small.result().startup == 0.5
+        assert large.result().waited < 1
+        assert late.result().startup == 1
+    assert engines.starts == [["0", "1", "2"], ["3", "4"], ["5"]]
+
+
+def test_what_is_asked_again_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A trial that was lost while its questions were being answered asks them again: it gets what is published then."""
+    engines, store, at = Engines(1.0), str(tmp_path), Desk()
+    monkeypatch.setattr(desk, "answer", engines)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(at.answer, asked(0), ENGINE, store)
+        time.sleep(0.3)
+        again = pool.submit(at.answer, asked(0), ENGINE, store)
+        assert first.result().startup == 1
+        assert again.result().startup == 0
+    assert engines.starts == [["0"]]
 
 
 def test_one_trials_error_is_not_anothers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two calls share a start that fails: each is tried alone, and only the bad one fails."""
-    engines, store = Engines(0.2), str(tmp_path)
+    engines, store, at = Engines(0.2), str(tmp_path), Desk(0.5, 0.001)
     monkeypatch.setattr(desk, "answer", engines)
-    at = Desk()
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(at.answer, asked(0), ENGINE, store)
-        assert engines.busy.wait(5)
+    bad_one = {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}
+    with ThreadPoolExecutor(2) as pool:
         good = pool.submit(at.answer, asked(1), ENGINE, store)
-        bad = pool.submit(
-            at.answer, {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}, ENGINE, store
-        )
-        assert first.result() == good.result() == 0.2
+        bad = pool.submit(at.answer, bad_one, ENGINE, store)
+        assert good.result().startup == 0.2
         with pytest.raises(UserError, match="does not start"):
             bad.result()
+    assert sorted(map(len, engines.starts)) == [1, 1, 2]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -110,12 +118,12 @@ def test_answers_are_published_for_each_trial(tiny_llama: Path, tmp_path: Path) 
     )
     opened = AtTheDesk(open_desk(2))
 
-    def trial(number: int) -> float:
+    def trial(number: int) -> Spent:
         out = str(store.work_folder("answers", f"{number}") / tables.SAMPLES.name)
         return opened({("answers", f"{number}"): Job(rows, str(tiny_llama), WORK, out)}, ENGINE, store, None)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(2) as pool:
-        assert all(seconds > 0 for seconds in pool.map(trial, range(2)))
+        assert all(spent.startup > 0 for spent in pool.map(trial, range(2)))
     for number in range(2):
         found = store.find("answers", f"{number}")
         assert found is not None
