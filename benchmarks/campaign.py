@@ -3,9 +3,9 @@
     python -m benchmarks.campaign --json FILE [--trials 16] [--concurrent 4]
 
 The campaign searches all four thresholds on a grid of two values each: four trials share a forgotten model. Then
-`--concurrent` of its trials run as `allo align` with an empty store each, multiplied to as many as the campaign has:
-all at once, since a machine does less in a CPU second the busier it is. All are processes of their own, with clusters
-of their own.
+half of `--concurrent` of its trials run as `allo align` with an empty store each, multiplied to as many as the campaign
+has: all at once, since a machine does less in a CPU second the busier it is, and a run has two stages at work where a
+trial has one. All are processes of their own, with clusters of their own.
 
 Compute is CPU time of the driver and all processes below it, start-up of the clusters included, read twice a second;
 and, second, the seconds that stages took by the clock, which on a machine with fewer CPUs than stages run side by side
@@ -166,13 +166,14 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     told = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / str(number) for number in range(told.concurrent + 1)]
+        at_once = max(1, told.concurrent // 2)
+        folders = [Path(name) / str(number) for number in range(at_once + 1)]
         for folder in folders:
             folder.mkdir()
         shared = campaign(folders[0], told.trials, told.concurrent)
         records = shared.pop("records")
-        chosen = [records[-1 - 5 * number % len(records)] for number in range(told.concurrent)]
-        with ThreadPoolExecutor(told.concurrent) as pool:
+        chosen = [records[-1 - 5 * number % len(records)] for number in range(at_once)]
+        with ThreadPoolExecutor(at_once) as pool:
             runs = list(pool.map(lambda one, record: alone(one, folders[0], record), folders[1:], chosen))
 
     def independent(figure: str) -> float:
