@@ -44,9 +44,9 @@ class Setup:
     generate: float = 2500.0
     #: Seconds until the first row or batch of a stage that starts workers (assumed).
     startup: float = 90.0
-    #: Neurons/s that one process ranks, or sorts of a selection; 134.5 million of the quickstart in 9 s, two cores of
-    #: an EPYC 7001, measured on two passes over both models.
-    locate: float = 15e6
+    #: Neurons/s that one process ranks, or sorts of a selection: 2.0 billion in 72 s, one core of an EPYC, both models
+    #: and the ranks on a disk (`benchmarks.locate`).
+    locate: float = 28e6
     #: Bytes/s that one node reads from and writes to the store (assumed), and GPUs a node.
     storage: float = 1e9
     gpus_per_node: int = 8
