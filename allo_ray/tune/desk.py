@@ -25,8 +25,9 @@ from allo_ray.stages.answers import Asked, Spent, answer
 from allo_ray.stages.base import Progress
 from allo_ray.store import Artifact, Store
 
-#: 16 trials of the smoke preset, four at a time, started engines nine times where this was 1.
-PATIENCE = 2
+#: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, started
+#: engines nine times where this was 1.
+PATIENCE = 3
 
 
 @dataclass(eq=False)

@@ -52,9 +52,9 @@ class Engines:
 def test_small_calls_wait_for_each_other_and_large_ones_do_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A start takes 1 s, a row 1 ms. Three calls of 10 rows come within the two seconds that the first one waits: one
-    start, of which each bears a third. A call of 2,000 rows starts at once and takes along what waits. A small one that
-    comes then waits its two seconds, and starts beside it."""
+    """A start takes 1 s, a row 1 ms. Three calls of 10 rows come while the first one waits, three seconds: one start, of
+    which each bears a third. A call of 4,000 rows starts at once and takes along what waits. A small one that comes
+    then waits its three seconds, and starts beside it."""
     engines, store, at = Engines(1.0), str(tmp_path), Desk(1.0, 0.001)
     monkeypatch.setattr(desk, "answer", engines)
 
@@ -65,11 +65,11 @@ def test_small_calls_wait_for_each_other_and_large_ones_do_not(
         began = time.monotonic()
         for spent in [one.result() for one in [call(0), call(1), call(2)]]:
             assert spent.startup == pytest.approx(1 / 3)
-            assert spent.waited == pytest.approx(2 + 2 / 3, abs=0.5)
-        assert time.monotonic() - began > 2.9
+            assert spent.waited == pytest.approx(3 + 2 / 3, abs=0.5)
+        assert time.monotonic() - began > 3.9
         small = call(3)
         time.sleep(0.2)
-        large = call(4, 2000)
+        large = call(4, 4000)
         time.sleep(0.2)
         late = call(5)
         assert large.result().startup == small.result().startup == 0.5
