@@ -53,8 +53,8 @@ def test_small_calls_wait_for_each_other_and_large_ones_do_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A start takes 1 s, a row 1 ms. Three calls of 10 rows come while the first one waits its three seconds: one
-    start, of which each bears a third. A call of 4,000 rows starts at once and takes along what waits. A small one that comes
-    then waits its three seconds, and starts beside it."""
+    start, of which each bears a third. A call of 4,000 rows starts at once and takes along what waits. A small one that
+    comes then waits its three seconds, and starts beside it."""
     engines, store, at = Engines(1.0), str(tmp_path), Desk(1.0, 0.001)
     monkeypatch.setattr(desk, "answer", engines)
 
