@@ -45,7 +45,8 @@ def test_its_nodes_share_what_a_run_writes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sh"])
 def test_a_script_is_valid_shell(script: str) -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "cluster" / script)], check=True)
+    done = subprocess.run(["bash", "-n", str(ROOT / "cluster" / script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("build", ["cpu", "gpu"])
