@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from allo_ray.config.base import bounds
 from allo_ray.config.engine import EngineConfig
-from allo_ray.config.run import RunConfig
+from allo_ray.config.run import ClusterConfig, RunConfig
 from allo_ray.errors import UserError
-from allo_ray.nodes import Bundle
+from allo_ray.nodes import Bundle, cluster_nodes
 
 GIB = 1 << 30
 #: The task that reads rows for a stage.
@@ -56,6 +56,11 @@ def engine_need(engine: EngineConfig, *own: Bundle) -> Need:
     actors = bounds(pool.actors)[0]
     actor = {"CPU": float(pool.num_cpus), "GPU": float(pool.num_gpus)} | pool.resources
     return Need(f"engine.pool.actors {actors}", (*[actor] * actors, READER, *own))
+
+
+def check_engines(engine: EngineConfig, cluster: ClusterConfig) -> None:
+    """Raises UserError where the running cluster has no room for a batch job's engines, which would wait for ever."""
+    room([engine_need(engine)], cluster_nodes(cluster), "the job")
 
 
 def room(needed: Sequence[Need], nodes: Sequence[Bundle], what: str = "one stage") -> int:

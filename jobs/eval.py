@@ -32,9 +32,8 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from allo_ray import tables
-    from allo_ray.capacity import engine_need, room
+    from allo_ray.capacity import check_engines
     from allo_ray.models import cached_model
-    from allo_ray.nodes import cluster_nodes
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress, closing
     from allo_ray.results import compare
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
     out = Path(config.out)
     with cluster(config.cluster, config.engine.pool.num_gpus):
         check_results(config.out, out)
-        room([engine_need(config.engine)], cluster_nodes(config.cluster), "the job")
+        check_engines(config.engine, config.cluster)
         with Progress(Console(stderr=True)) as lines, lines.stage("evaluate") as line:
             answers = evaluate_folders(config, folders, out, line)
     for label, rows in answers.items():

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
 
     config = load_as(SampleJob, told.config, told.set)
 
-    from allo_ray.capacity import engine_need, room
+    from allo_ray.capacity import check_engines
     from allo_ray.data.inference import Job, run
     from allo_ray.data.inference_work import SampleWork
     from allo_ray.data.prepare import in_place, prepare_prompts
@@ -36,7 +36,6 @@ def main(arguments: list[str]) -> int:
     from allo_ray.engines.base import Sampling
     from allo_ray.estimate import check_engine
     from allo_ray.models import cached_model, fingerprint, parameter_count
-    from allo_ray.nodes import cluster_nodes
     from allo_ray.reach import check_results
     from allo_ray.report.terminal import Progress
     from allo_ray.session import chatter_to, cluster
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> int:
         cluster(config.cluster, config.engine.pool.num_gpus),
     ):
         check_results(config.out, work)
-        room([engine_need(config.engine)], cluster_nodes(config.cluster), "the job")
+        check_engines(config.engine, config.cluster)
         counts = counts if early else prepared_once([prompts, drops], params, write)
         with Progress(terminal) as lines, lines.stage("sample") as line:
             facts = run([job], config.engine, line)[0]

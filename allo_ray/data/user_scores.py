@@ -57,8 +57,8 @@ _ALL = pa.schema(
 
 
 def in_place(source: str) -> bool:
-    """Is the source so small that it is tokenised without Ray?"""
-    return len(_pieces(source)) <= PIECES_IN_PLACE
+    """Is the source tokenised without Ray?"""
+    return _without_ray(_pieces(source))
 
 
 def write_user_rows(
@@ -116,9 +116,14 @@ def _pieces(source: str) -> list[Piece]:
     return [piece for file, kind in find_files(source) for piece in pieces(file, kind)]
 
 
+def _without_ray(found: Sequence[Piece]) -> bool:
+    """A few pieces, and files that cannot be cut, which a task would hold whole, are read in place."""
+    return len(found) <= PIECES_IN_PLACE or any(piece.stop < 0 for piece in found)
+
+
 def _blocks(make: _Maker, found: Sequence[Piece]) -> Iterator[pa.Table]:
-    """Rows of _ALL in the source's order; a few pieces, and files that cannot be cut, are read in place."""
-    if len(found) > PIECES_IN_PLACE and all(piece.stop >= 0 for piece in found):
+    """Rows of _ALL in the source's order."""
+    if not _without_ray(found):
         yield from in_order(make, found)
         return
     for piece in found:

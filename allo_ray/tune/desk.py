@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.task_errors import users_error
@@ -24,6 +23,7 @@ from allo_ray.session import quiet
 from allo_ray.stages.answers import Asked, Spent, answer
 from allo_ray.stages.base import Progress
 from allo_ray.store import Artifact, Store
+from allo_ray.tune.beside import beside_driver
 
 #: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, started
 #: engines nine times where this was 1.
@@ -123,7 +123,7 @@ class Desk:
 
 
 def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
-    """Starts the desk on this node, for so many callers at a time; it reserves nothing, and is replaced if it dies.
+    """Starts the desk on this node, for so many callers at a time; it is replaced if it dies.
 
     `evaluated`: an evaluation that tells how long engines take.
     """
@@ -133,9 +133,7 @@ def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
         requests = len(facts["models"]) * sum(facts["counts"].values())
         requests += sum(told["n"] for told in facts.get(KL, {}).values())
         known = evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = dict(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=callers)
-    return ray.remote(Desk).options(scheduling_strategy=here, **options).remote(*known)
+    return beside_driver(Desk, *known, max_restarts=-1, max_task_retries=-1, max_concurrency=callers)
 
 
 @dataclass(frozen=True)

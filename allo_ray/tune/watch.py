@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from allo_ray.config.space import Value
 from allo_ray.report.campaign_figures import worded
 from allo_ray.report.terminal import Progress, StageLine
+from allo_ray.tune.beside import beside_driver
 
 LOOK_SECONDS = 1.0
 
@@ -36,9 +36,8 @@ class Board:
 
 
 def put_up() -> Any:
-    """Starts the board on this node; it reserves nothing."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    """Starts the board on this node."""
+    return beside_driver(Board)
 
 
 class Watch:
