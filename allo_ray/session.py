@@ -145,6 +145,11 @@ def cluster(config: ClusterConfig, gpus_wanted: float = 0) -> Iterator[None]:
     except AuthenticationError:
         raise UserError(f"{named} {TOKEN_WANTED}") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
+        if "Version mismatch" in str(error):
+            raise UserError(
+                f"{named}: {' '.join(str(error).split())}. Use the cluster's own versions here, or send the job with "
+                "`allo submit`, which runs it there."
+            ) from None
         raise UserError(
             f"{named}: {str(error).splitlines()[0]}. Check that `ray status` answers there; a "
             "cluster with token authentication needs RAY_AUTH_MODE=token and the token."

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Code is far smaller. Ray itself refuses 500 MiB, after minutes of packing.
 MOST_BYTES = 100 << 20
+#: Seconds that a cluster may stay away from who follows a job.
+AWAY_SECONDS = 60
 RUNTIME_ENV = Path("cluster") / "runtime_env.yaml"
 #: Jobs that do one part of the method, whose results every node has to reach at `out`.
 PARTS = {"sample": SampleJob, "score": ScoreJob, "eval": EvalJob}
@@ -60,7 +62,10 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise UserError(
             f"--address {address}: jobs go to the dashboard, http://HOST:8265 (not {parts.scheme}://)"
         )
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise UserError(f"--address {address}: the port is no number; give http://HOST:8265") from None
     if not listening(parts.hostname or "", port, timeout=5):
         raise UserError(
             f"--address {address}: nothing answers there. Is the cluster up, and the dashboard forwarded "
@@ -117,9 +122,7 @@ def package(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"--working-dir {folder}: no such folder")
-    settings: dict[str, Any] = {}
-    if (folder / RUNTIME_ENV).is_file():
-        settings = yaml.safe_load((folder / RUNTIME_ENV).read_text()) or {}
+    settings = _settings(folder)
     files = travelling_files(folder, settings.get("excludes", []))
     total = sum(size for _, size in files)
     if total > MOST_BYTES:
@@ -133,6 +136,12 @@ def package(folder: Path) -> dict[str, Any]:
             f"{listed}"
         )
     return {**settings, "working_dir": str(folder)}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The folder's own cluster/runtime_env.yaml."""
+    file = folder / RUNTIME_ENV
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
 def travelling_files(folder: Path, excludes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -151,59 +160,58 @@ def travelling_files(folder: Path, excludes: Sequence[str]) -> list[tuple[Path, 
     return found
 
 
-def check_command(command: Sequence[str], folder: Path) -> str | None:
+def check_command(command: Sequence[str], folder: Path) -> None:
     """Checks the config that `command` (job and its options) will use, if it is a file or preset here.
-
-    Returns:
-        Where the job's report will lie on the cluster, for jobs that write one.
 
     Raises:
         UserError: the config is wrong; it does not travel with the job; a folder that it names for results is a
             relative path, which on a cluster lies in the job's own temporary folder.
     """
     if command[0] not in WITH_CONFIG:
-        return None
+        return
     source = _option(command, "--config")
     if source is None or source.startswith("/") or "://" in source:
-        return None  # the cluster's own file: checked there
-    if Path(source).suffix and not (folder / source).is_file():
-        raise UserError(
-            f"--config {source}: no such file in the working directory {folder.resolve()}, so it cannot travel"
-        )
+        return  # the cluster's own file: checked there
+    if Path(source).suffix:
+        if not (folder / source).is_file():
+            raise UserError(
+                f"--config {source}: no such file in the working directory {folder.resolve()}, so it cannot travel"
+            )
+        excludes = _settings(folder).get("excludes", [])
+        if (folder / source).resolve() not in {path for path, _ in travelling_files(folder, excludes)}:
+            raise UserError(
+                f"--config {source}: it does not travel, for {RUNTIME_ENV} or .rayignore leave it out. Copy it to a "
+                "folder that does, beside what it refers to."
+            )
     local = folder / source if Path(source).suffix else source
     overrides = [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
     overrides += [word.removeprefix("--set=") for word in command if word.startswith("--set=")]
     if command[0] in PARTS:
-        _check_shared(source, "out", load_as(PARTS[command[0]], local, overrides).out)
-        return None
+        url = command[0] != "eval"
+        _check_shared(source, "out", load_as(PARTS[command[0]], local, overrides).out, url)
+        return
     if command[0] == "tune":
-        campaign = load_campaign(local, overrides)
-        config, name, prefix = campaign.base, campaign.config.name, "set."
+        config, prefix = load_campaign(local, overrides).base, "set."
     else:
-        config = load(local, overrides)
-        name, prefix = config.name, ""
-    for key in ("store", "runs"):
-        _check_shared(source, f"{prefix}{key}", getattr(config, key))
-    return f"{config.runs.rstrip('/')}/{name}/report.html"
+        config, prefix = load(local, overrides), ""
+    _check_shared(source, f"{prefix}store", config.store, url=True)
+    _check_shared(source, f"{prefix}runs", config.runs, url=False)
 
 
-def _check_shared(source: str, key: str, value: str) -> None:
+def _check_shared(source: str, key: str, value: str, url: bool) -> None:
     if not value.startswith("/") and "://" not in value:
         name = key.rpartition(".")[2]
-        url = "" if name == "runs" else ", or a URL"
         raise UserError(
             f"{source}: `{key}: {value}` would lie in the job's temporary folder on one node. Name a path that all "
-            f"nodes mount{url}: --set {key}=/shared/{name}"
+            f"nodes mount{', or a URL' if url else ''}: --set {key}=/shared/{name}"
         )
 
 
-def submit(
-    client: JobSubmissionClient, command: Sequence[str], folder: Path, metadata: dict[str, str] | None = None
-) -> str:
+def submit(client: JobSubmissionClient, command: Sequence[str], folder: Path) -> str:
     """Sends `python -m jobs.<job> <options>` with `folder` and returns the submission id."""
     entrypoint = shlex.join(["python", "-m", f"jobs.{command[0]}", *command[1:]])
     try:
-        return client.submit_job(entrypoint=entrypoint, runtime_env=package(folder), metadata=metadata)
+        return client.submit_job(entrypoint=entrypoint, runtime_env=package(folder))
     except (RuntimeError, OSError) as error:
         raise UserError(f"the cluster did not take the job: {str(error).splitlines()[0]}") from None
 
@@ -212,34 +220,44 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
     """Writes the job's log as it grows; returns the exit code of the job when it has ended.
 
     0 for success; the driver's own code, or 1 if it has none, for failure; 143 for a stopped job. A connection
-    that breaks is taken up again, without repeating lines.
+    that breaks is taken up again, without repeating lines; where none stays open the log is asked for every 2 s.
 
     Raises:
         UserError: the cluster stays away for a minute.
     """
     written = 0
+    away_since: float | None = None
+
+    def show(text: str, position: int) -> None:
+        """Text of the log from this position on."""
+        nonlocal written, away_since
+        away_since = None
+        fresh = text[max(0, written - position) :]
+        if fresh:
+            written = position + len(text)
+            write(fresh)
 
     async def tail() -> None:
-        nonlocal written
         position = 0
         async for chunk in client.tail_job_logs(job):
-            fresh = chunk[max(0, written - position) :]
+            show(chunk, position)
             position += len(chunk)
-            if fresh:
-                written = position
-                write(fresh)
 
-    away_since: float | None = None
     while True:
         try:
-            asyncio.run(tail())
+            try:
+                asyncio.run(tail())
+            except (
+                RuntimeError,
+                OSError,
+            ):  # the connection broke, or a proxy lets no such connection through
+                time.sleep(2)
+                show(client.get_job_logs(job), 0)
             info = client.get_job_info(job)
-            away_since = None
         except (RuntimeError, OSError) as error:
             away_since = away_since or time.monotonic()
-            if time.monotonic() - away_since > 60:
+            if time.monotonic() - away_since > AWAY_SECONDS:
                 raise UserError(f"lost the cluster while following {job}: {error}") from None
-            time.sleep(2)
             continue
         if info.status.is_terminal():
             return exit_code(info)
@@ -271,13 +289,13 @@ def fetch_report(client: JobSubmissionClient, job: str, target: Path) -> Path:
     A small job on the cluster reads it and prints it, compressed, to its log.
 
     Raises:
-        UserError: the job left no word of a report, or the report is not there; nothing is written then.
+        UserError: the job has not said where its report lies, or it is not there; nothing is written then.
     """
-    report = (find(client, job).metadata or {}).get("report")
-    if not report:
-        raise UserError(
-            f"{job} was not sent by `allo submit` with a config, so where its report lies is not known"
-        )
+    find(client, job)
+    told = re.findall(r"^report +(/.*\S)", client.get_job_logs(job), re.MULTILINE)
+    if not told:
+        raise UserError(f"{job} has not said where its report lies: align and tune say so when they end")
+    report = told[-1]
     if target.exists():
         raise UserError(f"{target} exists already: name another file")
     code = (
@@ -292,7 +310,7 @@ def fetch_report(client: JobSubmissionClient, job: str, target: Path) -> Path:
     found = re.search("^<report>([A-Za-z0-9+/=]+)</report>$", log, re.MULTILINE)
     if info.status != "SUCCEEDED" or not found:
         raise UserError(
-            f"{job}: no report at {report} yet ({log.strip().splitlines()[-1] if log.strip() else info.message})"
+            f"{job}: no report at {report} ({log.strip().splitlines()[-1] if log.strip() else info.message})"
         )
     target.write_bytes(zlib.decompress(base64.b64decode(found[1])))
     return target

@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
 
     from allo_ray import submit
 
-    report = submit.check_command(command, told.working_dir)
+    submit.check_command(command, told.working_dir)
     client = submit.connect(told.address)
-    job = submit.submit(client, command, told.working_dir, {"report": report} if report else None)
+    job = submit.submit(client, command, told.working_dir)
     print(f"sent as {job}", flush=True)
     if not told.wait:
         print(f"allo jobs logs {job}    allo jobs stop {job}    allo jobs report {job}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from allo_ray.config.base import Section
 from allo_ray.config.data import DataConfig, SuiteConfig, VerifyConfig
@@ -59,6 +59,7 @@ class ScoreJob(Section):
 class EvalJob(Section):
     """`allo eval`: suites answered and scored with any models of one architecture."""
 
+    #: A folder; on a cluster one that all nodes mount.
     out: str
     #: Label -> model.
     models: dict[str, ModelConfig] = Field(min_length=1)
@@ -69,3 +70,12 @@ class EvalJob(Section):
     judge: JudgeConfig | None = None
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("out")
+    @classmethod
+    def _out_is_a_folder(cls, out: str) -> str:
+        if "://" in out:
+            raise ValueError(
+                "scores are written to a folder: give a path, on a cluster one that all nodes mount"
+            )
+        return out

@@ -39,8 +39,7 @@ def test_its_nodes_share_what_a_run_writes(name: str, tmp_path: Path) -> None:
         subprocess.run(["bash", "-n", "-c", command], check=True)
     [example] = re.findall(r"-- align --config \.\.\. ((?:.|\n)*?/runs)\n", text)
     settings = example.replace("\\\n#", " ").split()
-    report = submit.check_command(["align", "--config", "qa", *settings], tmp_path)
-    assert report == "/shared/runs/qa/report.html"
+    submit.check_command(["align", "--config", "qa", *settings], tmp_path)
 
 
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sh"])

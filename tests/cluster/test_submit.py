@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,6 +48,12 @@ def test_an_address_where_nothing_listens() -> None:
         held.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="nothing answers there"):
             submit.connect(f"http://127.0.0.1:{held.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:gcs", "http://127.0.0.1:99999"])
+def test_a_port_that_is_none(address: str) -> None:
+    with pytest.raises(UserError, match="the port is no number"):
+        submit.connect(address)
 
 
 def test_the_client_port_is_not_the_dashboard() -> None:
@@ -121,36 +129,51 @@ def test_a_relative_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--set store=/shared/store"):
         submit.check_command(["align", "--config", "smoke"], tmp_path)
     settings = ["--set", "store=/shared/store", "--set", "runs=/shared/runs"]
-    report = submit.check_command(["align", "--config", "smoke", *settings], tmp_path)
-    assert report == "/shared/runs/smoke/report.html"
+    submit.check_command(["align", "--config", "smoke", *settings], tmp_path)
 
 
 def test_a_campaign_is_checked_by_its_own_rules(tmp_path: Path) -> None:
-    """Store and runs are those of its base; the report is the campaign's."""
+    """Store and runs are those of its base."""
     with pytest.raises(UserError, match=r"--set set\.runs=/shared/runs"):
         submit.check_command(
             ["tune", "--config", "campaign-smoke", "--set", "set.store=/shared/store"], tmp_path
         )
     settings = ["--set", "set.store=/shared/store", "--set=set.runs=/shared/runs"]
-    report = submit.check_command(["tune", "--config", "campaign-smoke", *settings], tmp_path)
-    assert report == "/shared/runs/campaign-smoke/report.html"
+    submit.check_command(["tune", "--config", "campaign-smoke", *settings], tmp_path)
 
 
 def test_a_batch_job_is_checked_by_its_own_rules(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("model: {path: 'tiny:llama'}\ndata: {path: x.jsonl}\nout: samples\n")
     with pytest.raises(UserError, match="--set out=/shared/out"):
         submit.check_command(["sample", "--config", "mine.yaml"], tmp_path)
-    assert (
-        submit.check_command(["sample", "--config", "mine.yaml", "--set", "out=/shared/out"], tmp_path)
-        is None
+    for out in ("/shared/out", "s3://bucket/out"):
+        submit.check_command(["sample", "--config", "mine.yaml", "--set", f"out={out}"], tmp_path)
+    (tmp_path / "eval.yaml").write_text(
+        "models: {a: {path: 'tiny:llama'}}\nsuites: [{name: arithmetic}]\nout: out\n"
     )
+    with pytest.raises(UserError, match=r"Name a path that all nodes mount: --set out=/shared/out"):
+        submit.check_command(["eval", "--config", "eval.yaml"], tmp_path)
+    with pytest.raises(UserError, match="scores are written to a folder"):
+        submit.check_command(["eval", "--config", "eval.yaml", "--set", "out=s3://bucket/out"], tmp_path)
     with pytest.raises(UserError, match="modle"):
         submit.check_command(["sample", "--config", "mine.yaml", "--set", "modle.path=x"], tmp_path)
 
 
 def test_a_config_that_would_not_travel_is_refused(tmp_path: Path) -> None:
+    """It is not there, or what leaves results at home leaves it there too."""
     with pytest.raises(UserError, match="cannot travel"):
         submit.check_command(["align", "--config", "mine.yaml"], tmp_path)
+    (tmp_path / "cluster").mkdir()
+    shutil.copy(ROOT / submit.RUNTIME_ENV, tmp_path / submit.RUNTIME_ENV)
+    best = tmp_path / "runs" / "campaign" / "best.yaml"
+    best.parent.mkdir(parents=True)
+    best.write_text("extends: smoke\nstore: /shared/store\nruns: /shared/runs\n")
+    with pytest.raises(
+        UserError, match=r"runs/campaign/best\.yaml: it does not travel, for cluster/runtime_env"
+    ):
+        submit.check_command(["align", "--config", "runs/campaign/best.yaml"], tmp_path)
+    shutil.move(best, tmp_path)
+    submit.check_command(["align", "--config", "best.yaml"], tmp_path)
 
 
 def test_a_wrong_config_is_refused_here(tmp_path: Path) -> None:
@@ -175,29 +198,60 @@ def test_exit_codes(status: str, code: int | None, expected: int) -> None:
 
 
 class Flaky:
-    """A cluster whose connection breaks once in the middle of a log; each tail starts from the beginning."""
+    """A cluster whose connection breaks in the middle of a log whenever that is followed, an hour apart; `away`: it
+    does not answer then either. Each tail starts from the beginning."""
 
-    def __init__(self) -> None:
-        self.tails = 0
+    def __init__(self, away: bool) -> None:
+        self.away, self.now, self.log = away, 0.0, "on"
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
     async def tail_job_logs(self, job: str):
-        self.tails += 1
-        yield "one\ntw"
-        if self.tails == 1:
-            raise RuntimeError("WebSocket connection closed unexpectedly")
-        yield "o\nthree\n"
+        self.now += 3600
+        self.log = "one\ntwo\nthree\nfour\n"[: len(self.log) + 6]
+        yield self.log[:-1]
+        raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_logs(self, job: str) -> str:
+        if self.away:
+            raise RuntimeError("no answer")
+        return self.log
 
     def get_job_info(self, job: str) -> SimpleNamespace:
-        status = SimpleNamespace(is_terminal=lambda: True)
+        status = SimpleNamespace(is_terminal=lambda: self.log.endswith("four\n"))
         return SimpleNamespace(status=status, driver_exit_code=7)
 
 
-def test_a_broken_connection_repeats_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+@pytest.fixture
+def flaky(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flaky:
+    cluster = Flaky(request.param)
+    monkeypatch.setattr(submit, "time", cluster)
+    return cluster
+
+
+@pytest.mark.parametrize("flaky", [False], indirect=True)
+def test_broken_connections_repeat_no_line_and_end_nothing(flaky: Flaky) -> None:
+    """Every one of them breaks, for hours, and the log comes all the same."""
     written: list[str] = []
-    code = submit.follow(Flaky(), "job", written.append)  # pyright: ignore[reportArgumentType]
-    assert "".join(written) == "one\ntwo\nthree\n"
-    assert code == 7
+    assert submit.follow(flaky, "job", written.append) == 7  # pyright: ignore[reportArgumentType]
+    assert "".join(written) == "one\ntwo\nthree\nfour\n"
+    assert flaky.now > 3 * 3600
+
+
+@pytest.mark.parametrize("flaky", [True], indirect=True)
+def test_a_cluster_that_stays_away_is_given_up(flaky: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(job: str):
+        raise RuntimeError("refused")
+        yield ""
+
+    monkeypatch.setattr(flaky, "tail_job_logs", refused)
+    with pytest.raises(UserError, match="lost the cluster while following job: no answer"):
+        submit.follow(flaky, "job", print)  # pyright: ignore[reportArgumentType]
+    assert 60 < flaky.now < 70
 
 
 def test_the_list_shows_submitted_jobs_latest_first() -> None:
@@ -226,6 +280,7 @@ print("working on", sys.argv[2], flush=True)
 report = pathlib.Path(sys.argv[sys.argv.index("--set") + 1].split("=")[1], "smoke", "report.html")
 report.parent.mkdir(parents=True)
 report.write_text("<p>done</p>")
+print("report   ", report, flush=True)
 if "slow" in sys.argv:
     time.sleep(600)
 sys.exit(3)
@@ -272,15 +327,21 @@ def test_the_life_of_a_job_on_a_real_cluster(local_cluster: LocalCluster, tmp_pa
     assert name in allo("jobs").stdout
     assert "no job missing" in allo("jobs", "stop", "missing").stderr
 
-    asking = "from allo_ray import submit; print(submit.python_of(submit.connect(None)))"
-    told = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", asking],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**local_cluster.environment, "RAY_API_SERVER_ADDRESS": local_cluster.dashboard},
-    )
+    def python(*lines: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", "; ".join(lines)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**local_cluster.environment, "RAY_API_SERVER_ADDRESS": local_cluster.dashboard},
+        )
+
+    told = python("from allo_ray import submit", "print(submit.python_of(submit.connect(None)))")
     assert told.stdout.strip() == platform.python_version(), told.stderr
+    joining = "cluster(ClusterConfig(address='auto')).__enter__()"
+    imports = ("from allo_ray.session import cluster", "from allo_ray.config.run import ClusterConfig")
+    told = python("import ray", *imports, "ray.__version__ = '2.9.0'", joining)
+    assert re.search(rf"Ray: {ray.__version__} .*Ray: 2\.9\.0 .*Use the cluster's own versions", told.stderr)
 
     wrong = tmp_path / "wrong-token"
     wrong.write_text("0" * 64)
