@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
@@ -56,6 +57,13 @@ class Distribution(Section):
     def ends(self) -> tuple[Value, ...]:
         """The values that a search can reach at most: both ends, or every choice."""
         return self.values or (self.low, self.high)
+
+    @property
+    def inside(self) -> Value:
+        """A value as it may be drawn between the ends: of numbers no whole one, unless all are."""
+        if self.values or self.kind == "randint":
+            return self.ends[0]
+        return self.rounded(self.low + (self.high - self.low) / math.pi)
 
     def rounded(self, value: Value) -> Value:
         """A drawn value as trials use it: 4 significant digits, inside the bounds."""

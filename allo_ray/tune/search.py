@@ -50,8 +50,8 @@ def importances(config: TuneConfig, records: Iterable[Record]) -> dict[str, floa
     found = {value_of(config.objective, record.scores) for record in finished}
     if len(finished) < FEWEST or len(found) < 2:
         return {}
-    study = _study(config, finished)
-    return get_param_importances(study, target=lambda trial: trial.values[0])
+    # Of the objective alone, in its own direction: a target function would be taken for one that is to be low.
+    return get_param_importances(_study(config.model_copy(update={"second": None}), finished))
 
 
 def _study(config: TuneConfig, records: Iterable[Record], sampler: BaseSampler | None = None) -> optuna.Study:

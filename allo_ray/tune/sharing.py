@@ -46,8 +46,11 @@ def shared_keys(campaign: Campaign, graph: Graph, store: Store) -> set[str]:
     """Keys of the stages that every trial has. Checks the space on the way.
 
     Raises:
-        UserError: the base config does not allow a corner of the space, or a field of it changes no stage.
+        UserError: the base config does not allow a corner of the space or what lies between, or a field of it changes
+            no stage.
     """
+    # The ends of a field for whole numbers may be right where what lies between them is not.
+    campaign.run({name: told.inside for name, told in campaign.config.space.items()})
     first: dict[str, Value] = {}
     keys: set[str] | None = None
     moved: set[str] = set()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from allo_ray.capacity import needs, room
@@ -100,4 +103,15 @@ def test_concurrency_follows_the_cluster_and_the_users_bound() -> None:
     assert concurrency(config(), 4, [node(20)], local=False) == 4
     assert concurrency(config(), 40, [node(20)], local=False) == 10
     assert concurrency(config(), 3, [node(20)], local=True) == 3
-    assert concurrency(config(engine__pool__num_cpus=1e-3), None, [node(4)], local=True) >= 1
+
+
+@pytest.mark.parametrize(
+    ("real_cpus", "free", "fit"), [(8, 64 * GIB, 8), (3, 64 * GIB, 3), (8, 7 * GIB, 2), (1, GIB, 1)]
+)
+def test_on_a_machine_of_the_users_own_real_cpus_and_memory_bound_it_too(
+    monkeypatch: pytest.MonkeyPatch, real_cpus: int, free: float, fit: int
+) -> None:
+    """Twenty logical CPUs have room for ten trials; a trial takes 3.25 GiB, of which 2.25 are its engine's."""
+    monkeypatch.setattr(os, "cpu_count", lambda: real_cpus)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert concurrency(config(), None, [node(20)], local=True) == fit

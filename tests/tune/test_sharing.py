@@ -84,6 +84,7 @@ def test_corners_are_the_ends_of_each_field_and_their_combinations(write_campaig
     ("changes", "said"),
     [
         ({"space": {"k1": "uniform(0.01, 1.5)"}}, r"(?s)k1 = 1\.5.*forget\.k.*less than or equal to 1"),
+        ({"space": {"learn.batch_size": "uniform(8, 64)"}}, r"(?s)learn\.batch_size = 25\.83.*integer"),
         ({"space": {"learn.vv": "uniform(0, 1)"}}, r"learn\.vv: unknown key"),
         ({"space": {"learn.vv.x": "uniform(0, 1)"}}, r"learn\.vv: unknown key"),
         ({"space": {"trainer.workers": "randint(1, 2)"}}, "trainer.workers changes no result"),
