@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from allo_ray.config.run import RunConfig
 from allo_ray.report.terminal import Progress
-from allo_ray.stages.base import Context, Stage
+from allo_ray.stages.base import Context, Desk, Stage
 from allo_ray.store import Artifact, Store
-
-if TYPE_CHECKING:
-    from allo_ray.stages.answers import Answer
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,13 @@ def run(
     lines: Progress,
     parallel: int = 2,
     record: Record = nothing,
-    answer: Answer | None = None,
+    desk: Desk | None = None,
 ) -> dict[str, Done]:
     """Runs what is missing and returns every node's artifact by name.
 
     At most `parallel` stages run at once; one starts as soon as its inputs are there. The first failure is raised
     once the stages running beside it have ended, and no further one starts. `record` is told the steps of the stages
-    that train here; `answer` takes the place of engines of a stage's own.
+    that train here; `desk` has their small work done together with other runs'.
     """
     waiting = {item.node.name: item for item in plan(nodes, store)}
     done: dict[str, Done] = {}
@@ -104,7 +102,7 @@ def run(
                     done[item.node.name] = Done(item.artifact, cached=True)
                 else:
                     inputs = {role: done[name].artifact for role, name in item.node.inputs.items()}
-                    running[pool.submit(_execute, config, item, inputs, store, lines, record, answer)] = (
+                    running[pool.submit(_execute, config, item, inputs, store, lines, record, desk)] = (
                         item.node.name
                     )
             if not running:
@@ -140,10 +138,10 @@ def _execute(
     store: Store,
     lines: Progress,
     record: Record,
-    answer: Answer | None,
+    desk: Desk | None,
 ) -> Done:
     node, key = item.node, item.key
-    with store.lease(node.stage.name, key):
+    with store.lease(node.stage.name, key, desk.away if desk else nullcontext):
         found = store.find(node.stage.name, key)  # another process may have made it while we waited
         if found is not None:
             return Done(found, cached=True)
@@ -151,7 +149,7 @@ def _execute(
         start = time.perf_counter()
         with lines.stage(node.name) as progress:
             recorded = partial(record, node.name)
-            context = Context(config, node.settings, inputs, folder, key, store, progress, recorded, answer)
+            context = Context(config, node.settings, inputs, folder, key, store, progress, recorded, desk)
             node.stage.run(context)
         end = time.perf_counter()
         artifact = store.publish(

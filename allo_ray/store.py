@@ -16,8 +16,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,16 +166,20 @@ class Store:
         return found
 
     @contextmanager
-    def lease(self, stage: str, key: str) -> Iterator[None]:
-        """Held by the one process that computes `key`; others wait here until it is done or has died.
+    def lease(
+        self, stage: str, key: str, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Iterator[None]:
+        """Held by the one process that computes `key`; others wait here, in `waiting`, until it is done or has died.
 
         The holder renews a heartbeat; a lease in which a waiter saw none for 30 s, by its own clock, is taken over.
         """
         path = f"{self.root}/.leases/{stage}-{key}.json"
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         watch = _Watch()
-        while not self._take(path, owner, watch):
-            time.sleep(1.0)
+        if not self._take(path, owner, watch):
+            with waiting():
+                while not self._take(path, owner, watch):
+                    time.sleep(1.0)
         done = threading.Event()
 
         def renew() -> None:

@@ -78,12 +78,12 @@ class CpuClock(threading.Thread):
             try:
                 told = process.cpu_times()
                 one = process.pid, process.create_time()
-                self._seen[one] = told.user + told.system
                 title = next(iter(" ".join(process.cmdline()).split()), "")
                 if not title.startswith("ray::"):
                     title = process.name()
                 if title != "ray::IDLE" or one not in self._titles:
                     self._titles[one] = title
+                self._seen[one] = told.user + told.system
             except psutil.NoSuchProcess:
                 continue
 

@@ -25,7 +25,7 @@ FLOORS = (
     {
         "errors", "config", "tables", "store", "models", "losses", "neurons", "engines", "evals", "doctor",
         "submit", "session",
-        "endpoint", "records", "metrics", "reach", "track", "capacity", "nodes",
+        "endpoint", "records", "metrics", "reach", "track", "capacity", "nodes", "spent",
     },
     {"train", "data", "report"},
     {"stages"},

@@ -8,8 +8,9 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,25 @@ def test_a_lease_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert len(lines) == 6
     for (entered, first), (left, second) in zip(lines[::2], lines[1::2], strict=True):
         assert (entered, left, first) == ("in", "out", second)
+
+
+def test_who_waits_for_a_lease_may_say_so(tmp_path: Path) -> None:
+    """The first one does not wait; the second one does until the first has ended."""
+    told: list[str] = []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        told.append("waits")
+        first.close()
+        yield
+        told.append("goes on")
+
+    first = ExitStack()
+    store = Store(str(tmp_path))
+    first.enter_context(store.lease("x", "k", waiting))
+    assert told == []
+    with store.lease("x", "k", waiting):
+        assert told == ["waits", "goes on"]
 
 
 def test_the_lease_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from contextlib import ExitStack
 
 from allo_ray.config.engine import EngineConfig
 from allo_ray.data.inference import Job, run
+from allo_ray.spent import Spent
 from allo_ray.stages.base import Progress
 from allo_ray.store import Store
 
@@ -14,27 +15,21 @@ from allo_ray.store import Store
 Asked = Mapping[tuple[str, str], Job]
 
 
-class Spent(NamedTuple):
-    """Seconds until the first engine was ready, and seconds that passed for others' sake."""
-
-    startup: float
-    waited: float = 0.0
-
-
-class Answer(Protocol):
-    """Publishes all that is asked.
+def answer(asked: Asked, engine: EngineConfig, store: Store, progress: Progress | None = None) -> Spent:
+    """Publishes what is asked and not there yet; returns the seconds until the first engine was ready.
 
     Raises:
         UserError: as `data.inference.run`.
     """
-
-    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> Spent: ...
-
-
-def answer(asked: Asked, engine: EngineConfig, store: Store, progress: Progress | None = None, /) -> Spent:
-    """See `Answer`."""
-    facts = run(list(asked.values()), engine, progress)
-    for told, (stage, key) in zip(facts, asked, strict=True):
-        store.publish(stage, key, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
+    with ExitStack() as leases:
+        for place in sorted(asked):
+            if store.find(*place) is None:  # nobody waits for what is there
+                leases.enter_context(store.lease(*place))
+        missing = {place: job for place, job in asked.items() if store.find(*place) is None}
+        if not missing:
+            return Spent(0.0)
+        facts = run(list(missing.values()), engine, progress)
+        for told, place in zip(facts, missing, strict=True):
+            store.publish(*place, {"facts": told, "seconds": told["seconds"], "startup_seconds": 0})
     # Of a job of which nothing was left to do it is the time of the whole run.
     return Spent(min(told["startup_seconds"] for told in facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,10 @@ from allo_ray.models import ModelRef
 from allo_ray.store import Artifact, Store, local_path
 
 if TYPE_CHECKING:
-    from allo_ray.stages.answers import Answer
+    from allo_ray.config.engine import EngineConfig
+    from allo_ray.spent import Spent
+    from allo_ray.stages.answers import Asked
+    from allo_ray.train.job import TrainJob
 
 
 class Progress(Protocol):
@@ -20,6 +24,26 @@ class Progress(Protocol):
 
     def update(self, done: int, total: int, unit: str, **facts: Any) -> None:
         """`done` of `total` units are finished; `facts` are shown beside (loss, tokens/s)."""
+        ...
+
+
+class Desk(Protocol):
+    """Has small work of several runs done together, by engines and trainers that start once for all of it.
+
+    Raises:
+        UserError: as what does the work.
+    """
+
+    def answer(self, asked: Asked, engine: EngineConfig, store: Store) -> Spent:
+        """In the place of `stages.answers.answer`."""
+        ...
+
+    def fit(self, job: TrainJob, steps: int) -> Spent:
+        """In the place of `train.driver.alone`."""
+        ...
+
+    def away(self) -> AbstractContextManager[None]:
+        """Around a time in which the run waits for what another one makes, and so brings no work."""
         ...
 
 
@@ -36,8 +60,8 @@ class Context:
     progress: Progress
     #: Takes rows of METRICS as a trained stage makes them.
     record: Callable[[Iterable[Mapping[str, Any]]], None] = lambda rows: None
-    #: Has models answer questions; None: with engines of this stage's own.
-    answer: Answer | None = None
+    #: None: the stage starts engines and trainers of its own.
+    desk: Desk | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     #: Seconds before the first row or batch of real work began.
     startup_seconds: float = 0.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,7 @@ def run(ctx: Context) -> None:
         for label, item in inputs.items()
         for task in tasks
     }
-    with ExitStack() as leases:
-        for stage, key in sorted({(stage, key) for (_, stage), key in keys.items()}):
-            if ctx.store.find(stage, key) is None:  # trials that share models do not wait for what is there
-                leases.enter_context(ctx.store.lease(stage, key))
-        _ask(ctx, models, tasks, keys)
+    _ask(ctx, models, tasks, keys)
     found = {place: ctx.store.find(place[1], key) for place, key in keys.items()}
     ctx.facts["models"] = list(models)
     ctx.facts["counts"] = {title: len(rows) for title, rows in asked.items()}
@@ -229,7 +224,8 @@ def _ask(
             jobs[task.stage, key] = Job(task.rows, folder, task.work, out, key)
     if not jobs:
         return
-    spent = (ctx.answer or answer)(jobs, ctx.config.engine, ctx.store, ctx.progress)
+    engine, store = ctx.config.engine, ctx.store
+    spent = ctx.desk.answer(jobs, engine, store) if ctx.desk else answer(jobs, engine, store, ctx.progress)
     ctx.startup_seconds, ctx.waited_seconds = spent
     shutil.rmtree(exports, ignore_errors=True)
 

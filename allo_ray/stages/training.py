@@ -7,7 +7,7 @@ from typing import Any
 
 from allo_ray.config.train import TrainConfig
 from allo_ray.stages.base import Context, Stage
-from allo_ray.train.driver import train
+from allo_ray.train.driver import alone, train
 from allo_ray.train.job import DELTA, TrainJob
 
 
@@ -43,8 +43,8 @@ def fit(
         own_reference=own_reference,
         pairs=str(ctx.file("pairs", "pairs.parquet")) if logprobs else None,
     )
-    result = train(job, ctx.progress, ctx.record)
-    ctx.startup_seconds = result.startup_seconds
+    result = train(job, ctx.progress, ctx.record, ctx.desk.fit if ctx.desk else alone)
+    ctx.startup_seconds, ctx.waited_seconds = result.spent
     ctx.facts.update(result.facts)
     if logprobs:
         ctx.facts["logprobs"] = {"pairs": ctx.inputs["pairs"].key, "dtype": config.dtype}

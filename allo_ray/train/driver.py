@@ -1,8 +1,6 @@
-"""Training as a Ray job: Ray Train workers around the loop, DeepSpeed inside them, rows streamed by Ray Data.
+"""A training job from its claim on a folder to the results there; the workers are fit.py's.
 
-Every worker gets the whole ordered stream of rows and keeps its share of each global batch (rows.py): so global batches
-depend neither on the number of workers nor on restarts. A worker that dies is replaced, and all go on from the last
-checkpoint; a driver that dies goes on from it when the same job is run again.
+A driver that dies goes on from the job's last checkpoint when the same job is run again.
 """
 
 from __future__ import annotations
@@ -14,38 +12,43 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from allo_ray import tables
-from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
 from allo_ray.losses.registry import LOSSES
+from allo_ray.spent import Spent
+from allo_ray.train.fit import fit_all
 from allo_ray.train.job import (
     CLAIM,
     DELTA,
     FACTS,
     HEARTBEAT,
     METRICS,
-    RESULT,
-    RUN,
     STEPS,
     ProgressLine,
     TrainJob,
     TrainResult,
 )
 
-#: Seconds between two looks at the workers; Ray's own 2 s are felt at the start and end of every short stage.
-_HEALTH_CHECK_SECONDS = "0.25"
+#: Trains a job for so many steps (fit.py), until its result is there.
+Fit = Callable[[TrainJob, int], Spent]
+
+
+def alone(job: TrainJob, steps: int) -> Spent:
+    """On workers of its own."""
+    return fit_all([(job, steps)])[0]
 
 
 def train(
     job: TrainJob,
     progress: ProgressLine | None = None,
     record: Callable[[Iterable[Mapping[str, Any]]], None] = lambda rows: None,
+    fit: Fit = alone,
 ) -> TrainResult:
     """Trains one stage on the running Ray cluster.
 
@@ -61,6 +64,7 @@ def train(
     """
     called = time.time()
     out = Path(job.out).absolute()
+    job = replace(job, out=str(out))
     out.mkdir(parents=True, exist_ok=True)
     if job.loss not in LOSSES:
         raise UserError(f"loss '{job.loss}' is not known. There are: {', '.join(LOSSES)}.")
@@ -68,37 +72,41 @@ def train(
     count = _count_rows(job.rows)
     steps = math.ceil(count / job.config.batch_size)
     _claim(job, out)
-    final = out / RUN / RESULT
-    if not (final / FACTS).exists():
+    spent = None
+    if not (job.result / FACTS).exists():
         with _Watch(out, steps, progress, record):
-            _fit(job, out, steps)
-    told = json.loads((final / FACTS).read_text())
+            spent = fit(job, steps)
+    told = json.loads((job.result / FACTS).read_text())
     if told.get("error"):
-        shutil.rmtree(final)
+        shutil.rmtree(job.result)
         raise UserError(told["error"])
-    metrics = told.pop("metrics")
+    metrics, timeline = told.pop("metrics"), told.pop("timeline")
     tables.METRICS.write(metrics, out / METRICS)
     record(metrics)
-    if (final / DELTA).exists():  # an earlier run may have been ended right below
-        os.replace(final / DELTA, out / DELTA)
+    if (job.result / DELTA).exists():  # an earlier run may have been ended right below
+        os.replace(job.result / DELTA, out / DELTA)
+    if spent is None:  # an earlier run had finished and was ended before it could say so
+        spent = Spent(0.0)
+        timeline = dict.fromkeys(timeline, called)
+    begun = timeline["worker_started"] - spent.startup
+    timeline = {event: moment - begun for event, moment in timeline.items()}
     facts = {
         **told,
         "rows": count,
-        # Below 0 where an earlier run had finished and was ended before it could say so.
-        "startup_seconds": max(0.0, told["timeline"].get("first_batch", called) - called),
-        "timeline": {event: moment - called for event, moment in told["timeline"].items()},
-        "seconds": time.time() - called,
+        "startup_seconds": timeline.get("first_batch", timeline["worker_started"]),
+        "timeline": timeline,
+        "seconds": time.time() - called - spent.waited,
         "loss": job.loss,
         "loss_args": job.loss_args,
         "config": job.config.model_dump(),
         "trainer": job.trainer.model_dump(),
     }
     (out / FACTS).write_text(json.dumps(facts, indent=1))
-    shutil.rmtree(out / RUN, ignore_errors=True)
+    shutil.rmtree(job.run, ignore_errors=True)
     (out / HEARTBEAT).unlink(missing_ok=True)
     (out / STEPS).unlink(missing_ok=True)
     (out / CLAIM).unlink(missing_ok=True)
-    return TrainResult(out / DELTA, out / METRICS, facts)
+    return TrainResult(out / DELTA, out / METRICS, facts, Spent(facts["startup_seconds"], spent.waited))
 
 
 def _claim(job: TrainJob, out: Path) -> None:
@@ -107,7 +115,7 @@ def _claim(job: TrainJob, out: Path) -> None:
     content = json.dumps(told, sort_keys=True)
     claim = out / CLAIM
     if not claim.exists() or claim.read_text() != content:
-        shutil.rmtree(out / RUN, ignore_errors=True)
+        shutil.rmtree(job.run, ignore_errors=True)
         claim.write_text(content)
 
 
@@ -123,61 +131,6 @@ def _count_rows(path: str) -> int:
             f"{path}: the table of training rows is empty. See the list of dropped rows for the reason."
         )
     return count
-
-
-def _fit(job: TrainJob, out: Path, steps: int) -> None:
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
-    import ray.data
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    options = ray.data.ExecutionOptions(preserve_order=True)
-    rows = ray.data.read_parquet(job.rows, columns=tables.TRAIN_ROWS.schema.names)
-    rows.context.enable_progress_bars = False
-    gpu = job.trainer.num_gpus > 0
-    settings = asdict(job) | {"config": job.config.model_dump(), "trainer": job.trainer.model_dump()}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": settings, "steps": steps, "out": str(out)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=job.trainer.workers,
-            elastic_resize_monitor_interval_s=job.trainer.resize_seconds,
-            use_gpu=gpu,
-            resources_per_worker={
-                "CPU": job.trainer.num_cpus,
-                **({"GPU": job.trainer.num_gpus} if gpu else {}),
-                **job.trainer.resources,
-            },
-            placement_strategy=job.trainer.placement.upper(),
-        ),
-        run_config=RunConfig(
-            name=RUN,
-            storage_path=str(out),
-            failure_config=FailureConfig(max_failures=job.trainer.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-        datasets={"rows": rows},
-        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
-    )
-    trainer.fit()
-
-
-def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs. Rows are on their way before torch and the model are loaded."""
-    import ray.train
-
-    from allo_ray.train.stream import RowStream
-
-    rows = RowStream(ray.train.get_dataset_shard("rows"))
-    described = settings["job"]
-    job = TrainJob(
-        **described
-        | {"config": TrainConfig(**described["config"]), "trainer": TrainerConfig(**described["trainer"])}
-    )
-    from allo_ray.train.worker import run_worker
-
-    run_worker(job, settings["steps"], Path(settings["out"]), rows)
 
 
 class _Watch:

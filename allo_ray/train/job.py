@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.spent import Spent
 
 #: Files of a finished job, in its `out` folder.
 DELTA, METRICS, FACTS = "delta.safetensors", "metrics.parquet", "train.json"
@@ -18,10 +19,8 @@ LOGPROBS = "logprobs"
 HEARTBEAT = "progress.json"
 #: Its steps so far, a JSON row of METRICS a line; another file after each restart of the workers.
 STEPS = "steps.jsonl"
-#: Folder of the running job's checkpoints, under `out`; gone when the job is done.
+#: Folder of the running job's checkpoints, and then of its results, under `out`; gone when the job is done.
 RUN = "run"
-#: The last of them, which holds the results.
-RESULT = "result"
 #: What is trained in `out`, so that checkpoints of another job are not taken for this one's.
 CLAIM = "job.json"
 
@@ -63,16 +62,27 @@ class TrainJob:
     own_reference: bool = True
     pairs: str | None = None
 
+    @property
+    def run(self) -> Path:
+        """Folder of its checkpoints."""
+        return Path(self.out) / RUN
+
+    @property
+    def result(self) -> Path:
+        """Folder of DELTA and FACTS, as the workers leave them."""
+        return self.run / "result"
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the results lie. `facts` is what train.json holds."""
+    """Where the results lie.
+
+    Attributes:
+        facts: what train.json holds.
+        spent: seconds until the first batch began, and seconds that passed for other jobs' sake.
+    """
 
     delta: Path
     metrics: Path
     facts: dict[str, Any]
-
-    @property
-    def startup_seconds(self) -> float:
-        """Seconds from the call until the first batch began."""
-        return self.facts["startup_seconds"]
+    spent: Spent

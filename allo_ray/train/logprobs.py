@@ -127,6 +127,7 @@ class LogprobActor:
             rows = pair_rows(batch)
             found, tokens = logprobs_of(self.policy, rows, self.trainer.micro_batch_tokens, self.device)
             try:
+                _check_finite(rows, found)
                 _write(file, rows, found)
             except UserError as problem:  # told as a result: Ray would try again what cannot succeed
                 error = str(problem)
@@ -160,6 +161,7 @@ def record_logprobs(
         if mine or whole:
             rows = pair_rows(batch)
             found, _ = logprobs_of(forward, rows, budget, device)
+            _check_finite(rows, found)  # here as well where it is not ours: all workers end at the same shard
             if mine:
                 _write(_shard(out, batch), rows, found)
 
@@ -168,16 +170,26 @@ def _shard(out: Path, batch: pa.Table | pa.RecordBatch) -> Path:
     return out / f"{tables.content_id(*batch.column('id').to_pylist())}.parquet"
 
 
-def _write(file: Path, rows: list[Row], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    both = list(zip(rows, found, strict=True))
-    broken = [row.id for row, parts in both if not all(np.isfinite(part).all() for part in parts)]
+def _check_finite(rows: list[Row], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    broken = [
+        row.id
+        for row, parts in zip(rows, found, strict=True)
+        if not all(np.isfinite(part).all() for part in parts)
+    ]
     if broken:
         raise UserError(
             f"reference log-probs are not finite for the pairs {', '.join(broken[:16])}. Look at these pairs "
             "and at the model, or compute in float32."
         )
+
+
+def _write(file: Path, rows: list[Row], found: list[tuple[np.ndarray, np.ndarray]]) -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
-    tables.LOGPROBS.write([{"id": row.id, "chosen": c, "rejected": r} for row, (c, r) in both], part)
+    table = [
+        {"id": row.id, "chosen": chosen, "rejected": rejected}
+        for row, (chosen, rejected) in zip(rows, found, strict=True)
+    ]
+    tables.LOGPROBS.write(table, part)
     os.replace(part, file)
 
 

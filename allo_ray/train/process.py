@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,10 +26,7 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-        except OSError:  # another C library, with an allocator of its own
-            libc = None
+        libc = _libc()
         if libc is not None and hasattr(libc, "mallopt"):
             # Older glibc refuses an mmap threshold above 32 MiB.
             if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):
@@ -38,8 +37,28 @@ def prepare_process(threads: int | None, gpu: bool) -> None:
         torch.set_num_threads(threads)
 
 
+def clear(gpu: bool) -> None:
+    """Gives back what an earlier job of this process has left, so that peaks count from here."""
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    libc = _libc()
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    with suppress(OSError):  # a sandbox that does not offer it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, with an allocator of its own
+        return None
+
+
 def peak_rss() -> int:
-    """Bytes of memory that this process has held at most.
+    """Bytes of memory that this process has held at most since `clear`.
 
     `ru_maxrss` is the second choice (some sandboxes tell no more): a child starts with that of whoever forked it.
     """

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
-from pyarrow.fs import LocalFileSystem
 
 from allo_ray import tables
 from allo_ray.errors import UserError
@@ -22,14 +21,15 @@ from allo_ray.neurons.parametrize import Neurons, attach
 from allo_ray.neurons.selection import Selection
 from allo_ray.train import checkpoint
 from allo_ray.train.forward import Policy, load_model
-from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, LOGPROBS, RESULT, RUN, STEPS, TrainJob
+from allo_ray.train.job import DELTA, FACTS, HEARTBEAT, KEPT, LOGPROBS, STEPS, TrainJob
 from allo_ray.train.kept import kept_tokens
 from allo_ray.train.logprobs import record_logprobs
 from allo_ray.train.loop import Plan, run
-from allo_ray.train.process import masters_of, prepare_process
+from allo_ray.train.process import clear, masters_of, prepare_process
 from allo_ray.train.rows import Row, global_batches
 from allo_ray.train.updater import Updater
 
+T = TypeVar("T")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,17 +46,18 @@ def build(job: TrainJob, device: torch.device) -> tuple[Policy, Neurons]:
     return Policy(model), neurons
 
 
-def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -> None:
-    """Trains to the end and reports the result.
+def run_worker(job: TrainJob, steps: int, rows: Iterable[pa.Table]) -> None:
+    """Trains to the end and leaves the result, unless an earlier group of workers has left it.
 
-    An error of the user's is reported as the result too, since Ray would try again what cannot succeed.
+    An error of the user's is a result too, since Ray would try again what cannot succeed.
     """
     import ray.train
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
-    gpu = job.trainer.num_gpus > 0
+    gpu, out = job.trainer.num_gpus > 0, Path(job.out)
     prepare_process(job.trainer.threads, gpu)
+    clear(gpu)
     torch.manual_seed(job.seed)
     device = get_device() if gpu else torch.device("cpu")
     plan = Plan(
@@ -71,13 +72,15 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         own_reference=job.own_reference,
         device=device,
     )
-    reporter = _Reporter(out, job.base, plan)
+    if _of_first((job.result / FACTS).exists()):
+        return
+    reporter = _Reporter(job, plan)
     reporter.mark("worker_started")
     try:
-        policy, neurons = build(job, device)
+        policy, neurons = _on_all(lambda: build(job, device))
         reporter.mark("model_loaded")
         updater = _make_updater(policy, neurons, job)
-        progress = _resume(updater, out / RUN)
+        progress = _resume(updater, job.run)
         resumed_at = progress.step
         reporter.updater = updater
         reporter.mark("engine_built")
@@ -86,7 +89,10 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         if job.pairs is not None:
             turn, budget = (plan.worker, plan.workers), plan.micro_batch_tokens
             sharded = job.trainer.zero_stage == 3 and plan.workers > 1
-            record_logprobs(updater.forward, job.pairs, out / LOGPROBS, budget, device, turn, sharded)
+            pairs = job.pairs
+            _on_all(
+                lambda: record_logprobs(updater.forward, pairs, out / LOGPROBS, budget, device, turn, sharded)
+            )
     except UserError as error:
         reporter.finish({"error": str(error)})
         return
@@ -102,7 +108,6 @@ def run_worker(job: TrainJob, steps: int, out: Path, rows: Iterable[pa.Table]) -
         "neurons": neurons.count,
         "neurons_total": neurons.selection.total,
         "workers": plan.workers,
-        "timeline": reporter.timeline,
         "metrics": progress.metrics,
     }
     reporter.finish(facts, state, neurons)
@@ -115,17 +120,36 @@ def _make_updater(policy: Policy, neurons: Neurons, job: TrainJob) -> Updater:
 
 
 def _resume(updater: Updater, run_folder: Path) -> checkpoint.Progress:
-    """Loads the newest whole checkpoint of this run: the one that rank 0 sees, on every worker.
-
-    Ray Train registers checkpoints when its controller next looks; one that is stored but not yet registered counts.
-    """
-    found = [checkpoint.latest(run_folder)]
-    torch.distributed.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    """Loads the newest whole checkpoint of this run."""
+    found = _of_first(checkpoint.latest(run_folder))
+    if found is None:
         return checkpoint.Progress()
-    state, progress = checkpoint.load(found[0])
+    state, progress = checkpoint.load(found)
     updater.load(state)
     return progress
+
+
+def _on_all(work: Callable[[], T]) -> T:
+    """Does it on every worker; what one raises for the user all of them raise, so that none waits for another."""
+    found: T | None = None
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    mine = None
+    try:
+        found = work()
+    except UserError as error:
+        mine = str(error)
+    torch.distributed.all_gather_object(errors, mine)
+    for error in errors:
+        if error is not None:
+            raise UserError(error)
+    return found  # type: ignore[return-value]
+
+
+def _of_first(seen: T) -> T:
+    """What rank 0 sees, on every worker: a file may reach nodes one after the other."""
+    told = [seen]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _add_up(device: torch.device):
@@ -143,13 +167,14 @@ def _add_up(device: torch.device):
 class _Reporter:
     """Checkpoints, heartbeat and result of this worker."""
 
-    def __init__(self, out: Path, base: str, plan: Plan) -> None:
-        self.out, self.base, self.plan = out, base, plan
+    def __init__(self, job: TrainJob, plan: Plan) -> None:
+        self.job, self.out, self.plan = job, Path(job.out), plan
         self.updater: Updater | None = None
-        #: When each part of the start-up was done, seconds since the epoch.
+        #: When each part of the start-up was done, and the job, seconds since the epoch.
         self.timeline: dict[str, float] = {}
         self.last_rows: list[Row] = []
-        self._metrics = TrainMetrics(out.name) if plan.worker == 0 else None
+        self._checkpoints = checkpoint.Writer(job.run)
+        self._metrics = TrainMetrics(self.out.name) if plan.worker == 0 else None
         self._told_at = 0.0
         self._steps_written = 0
 
@@ -162,7 +187,7 @@ class _Reporter:
             yield batch
 
     def mark(self, event: str) -> None:
-        """Notes that a part of the start-up is done."""
+        """Notes that this is done."""
         self.timeline[event] = time.time()
 
     def on_step(self, progress: checkpoint.Progress) -> None:
@@ -197,29 +222,11 @@ class _Reporter:
         self._steps_written = len(metrics)
 
     def save(self, progress: checkpoint.Progress) -> None:
-        """Hands a checkpoint to Ray Train, which stores it beside the next steps."""
-        import ray.train
-        from ray.train import Checkpoint, CheckpointUploadMode
-
+        """Has a checkpoint stored beside the next steps."""
         assert self.updater is not None
-        state, reached = self.updater.state(), progress.snapshot()
-        if state is None:
-            ray.train.report({"step": reached.step})
-            return
-
-        def write(_: Checkpoint, name: str) -> Checkpoint:
-            folder = self.out / RUN / name
-            checkpoint.save(folder, state, reached)
-            return Checkpoint(str(folder), LocalFileSystem())
-
-        ray.train.report(
-            {"step": reached.step},
-            checkpoint=Checkpoint.from_directory(str(self.out)),
-            checkpoint_dir_name=f"step-{reached.step:08d}",
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=write,
-            delete_local_checkpoint_after_upload=False,
-        )
+        state = self.updater.state()
+        if state is not None:
+            self._checkpoints.put(state, progress.snapshot())
 
     def finish(
         self,
@@ -227,28 +234,15 @@ class _Reporter:
         state: dict[str, torch.Tensor] | None = None,
         neurons: Neurons | None = None,
     ) -> None:
-        """Reports the result as the run's last checkpoint; every worker has to call it."""
-        import ray.train
-        from ray.train import Checkpoint
-
+        """Leaves the result, on rank 0, once every worker has called it."""
+        self._checkpoints.close()
+        torch.distributed.barrier()
         if self.plan.worker != 0:
-            ray.train.report({})
             return
-
-        def write(_: Checkpoint, name: str) -> Checkpoint:
-            place = self.out / RUN / name
-            with checkpoint.whole(place) as folder:
-                if state is not None and neurons is not None:
-                    values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
-                    base = neurons.selection.base or fingerprint(self.base)
-                    delta.save(folder / DELTA, values, neurons.selection, base)
-                (folder / FACTS).write_text(json.dumps(facts))
-            return Checkpoint(str(place), LocalFileSystem())
-
-        ray.train.report(
-            {},
-            checkpoint=Checkpoint.from_directory(str(self.out)),
-            checkpoint_dir_name=RESULT,
-            checkpoint_upload_fn=write,
-            delete_local_checkpoint_after_upload=False,
-        )
+        with checkpoint.whole(self.job.result) as folder:
+            if state is not None and neurons is not None:
+                values = {name: state[f"{name}.values"] for name, _ in neurons.named_values()}
+                base = neurons.selection.base or fingerprint(self.job.base)
+                delta.save(folder / DELTA, values, neurons.selection, base)
+            self.mark("finished")
+            (folder / FACTS).write_text(json.dumps(facts | {"timeline": self.timeline}))

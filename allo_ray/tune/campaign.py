@@ -110,6 +110,16 @@ def search(
     local = placed.base.cluster.address is None and "RAY_ADDRESS" not in os.environ
     nodes = cluster_nodes(placed.base.cluster)
     at_once = concurrency(placed.base, config.concurrent, nodes, local)
+
+    def room_now() -> int:
+        """Trials at a time: nodes come and go."""
+        if local:
+            return at_once
+        try:
+            return concurrency(placed.base, config.concurrent, cluster_nodes(placed.base.cluster), local)
+        except UserError:  # too many nodes were lost: one trial waits for others like them
+            return 1
+
     check_store(store)
     if placed.base.track != TrackConfig():
         check_folder(
@@ -137,17 +147,17 @@ def search(
             lines.say(f"{missing} trials to go, {min(at_once, missing)} at a time")
             board = put_up()
             results_folder = str(records.folder.absolute())
-            desk = open_desk(at_once, evaluated)
+            desk = open_desk(at_once, missing, {name: item.artifact for name, item in made.items()})
             setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, desk)
             with Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
-                _fit(setting, CampaignSearcher(campaign, records, watch), scheduler, missing, at_once)
+                _fit(setting, CampaignSearcher(campaign, records, watch, desk, room_now), scheduler, missing)
     finally:
         found = outcome.write(campaign, records, store, start)
     return found
 
 
-def _fit(setting: Any, searcher: Any, scheduler: Any, trials: int, at_once: int) -> None:
+def _fit(setting: Any, searcher: Any, scheduler: Any, trials: int) -> None:
     """Ray Tune's part. What it writes is thrown away: the records are what a campaign resumes from."""
     os.environ.update(TUNE_ENVIRONMENT)
     import ray.tune
@@ -164,7 +174,6 @@ def _fit(setting: Any, searcher: Any, scheduler: Any, trials: int, at_once: int)
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=trials,
-                max_concurrent_trials=at_once,
                 reuse_actors=True,  # a process has imported torch and Ray already when its next trial begins
             ),
             run_config=ray.tune.RunConfig(

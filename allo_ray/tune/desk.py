@@ -1,18 +1,20 @@
-"""Questions of several trials answered by one start of the engines.
+"""Small work of several trials done together, by one start of the engines or of the trainers.
 
-An engine takes seconds to minutes to start; the questions of one small trial take it less. So trials hand their
-questions to the desk, an actor beside the driver. It starts engines at once for work that takes longer than they take
-to start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take; then all that lies
-there is answered together. A trial that waits holds no CPU and no GPU.
+Engines and trainers take seconds to minutes to start; the questions of one small trial take less, and so may the steps
+of its training. So trials hand both to the desk, an actor beside the driver. It starts at once what takes longer than
+its start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take. One pool of engines
+answers all that lies there; trainers train one job after the other, and so take no more than fills that time. A trial
+that waits holds no CPU and no GPU.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -20,64 +22,107 @@ from allo_ray.config.engine import EngineConfig
 from allo_ray.data.task_errors import users_error
 from allo_ray.results import KL
 from allo_ray.session import quiet
-from allo_ray.stages.answers import Asked, Spent, answer
-from allo_ray.stages.base import Progress
+from allo_ray.spent import Spent
+from allo_ray.stages.answers import Asked, answer
 from allo_ray.store import Artifact, Store
+from allo_ray.train.fit import fit_all
+from allo_ray.train.job import TrainJob
 from allo_ray.tune.beside import beside_driver
+from allo_ray.tune.measure import EVALUATE
 
 #: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, started
 #: engines nine times where this was 1.
 PATIENCE = 3
+#: Seconds of a start that count at most: the rest was a wait for nodes, or workers that were lost.
+LONGEST = 120.0
+
+
+class Pace(NamedTuple):
+    """Seconds that a start takes, and each unit of work then; where they are not known nothing waits."""
+
+    startup: float = 0.0
+    per_unit: float = 0.0
+
+    @property
+    def patience(self) -> float:
+        """Seconds that small work waits."""
+        return PATIENCE * min(self.startup, LONGEST)
+
+
+Serve = Callable[[Sequence["_Call"]], Pace | None]
 
 
 @dataclass(eq=False)
 class _Call:
-    """What one trial asks. `spent`, or `error`, is there when it is answered."""
+    """What one trial asks. `spent`, or `error`, is there when it is served.
 
-    asked: Asked
-    engine: EngineConfig
-    store: str
+    serve: does the work of calls that agree in `kind`, and gives its pace, None where there was none left. keys: what
+    comes of it. units: how much it is, requests or rows.
+    """
+
+    serve: Serve
+    kind: object
+    work: Any
+    keys: Collection[Hashable]
+    units: int
     came: float = field(default_factory=time.monotonic)
     spent: Spent | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
-    def answered(self) -> bool:
+    def served(self) -> bool:
         return self.spent is not None or self.error is not None
-
-    @property
-    def requests(self) -> int:
-        return sum(len(job.rows) * job.work.requests for job in self.asked.values())  # type: ignore[arg-type]
 
 
 class Desk:
-    """Takes calls from several threads; the first one that may start answers all that lie there."""
+    """Takes calls from several threads; the first one that may start serves all that go with it."""
 
-    def __init__(self, startup: float = 0.0, per_request: float = 0.0) -> None:
-        """Seconds that engines took to start, and for each request then; where that is not known calls do not wait."""
+    def __init__(self, callers: int, trials: int, engines: Pace, trainers: Pace) -> None:
+        """For so many trials, at most `callers` at a time; `engines`, `trainers`: their pace so far."""
         quiet()
+        self._callers, self._trials, self._away = callers, trials, 0
         self._turn = threading.Condition()
         self._waiting: list[_Call] = []
-        #: What is being answered: a trial that was lost and asks again waits for its first call.
-        self._under_way: set[tuple[str, str]] = set()
-        #: As the last engines took them.
-        self._startup, self._per_request = startup, per_request
+        #: What is being made: a trial that was lost and asks again waits for its first call.
+        self._under_way: set[Hashable] = set()
+        #: As they were the last time.
+        self._paces: dict[Serve, Pace] = {_answer: engines, _train: trainers}
 
-    def answer(self, asked: Asked, engine: EngineConfig, store: str) -> Spent:
-        """See `stages.answers.Answer`; `store` is its root."""
-        call = _Call(asked, engine, store)
+    def answer(self, asked: Asked, engine: EngineConfig, root: str) -> Spent:
+        """See `stages.base.Desk`; `root` is the store's."""
+        requests = sum(len(job.rows) * job.work.requests for job in asked.values())  # type: ignore[arg-type]
+        return self._served(_Call(_answer, (engine, root), asked, asked.keys(), requests))
+
+    def fit(self, job: TrainJob, steps: int) -> Spent:
+        """See `stages.base.Desk`."""
+        rows = steps * job.config.batch_size
+        return self._served(_Call(_train, job.trainer, (job, steps), {job.out}, rows))
+
+    def ended(self) -> None:
+        """A trial has ended."""
+        with self._turn:
+            self._trials -= 1
+            self._turn.notify_all()
+
+    def away(self, more: int) -> None:
+        """So many more trials wait for what other ones make."""
+        with self._turn:
+            self._away += more
+            self._turn.notify_all()
+
+    def _served(self, call: _Call) -> Spent:
         with self._turn:
             self._waiting.append(call)
             self._turn.notify_all()
         while True:
             with self._turn:
-                while not call.answered and not self._may_start(call):
+                while not call.served and not self._may_start(call):
                     self._turn.wait(1.0)
-                if call.answered:
+                if call.served:
                     break
-                together = [one for one in self._waiting if self._goes_with(call, one)]
+                together = self._together(call)
                 self._waiting = [one for one in self._waiting if one not in together]
-                keys = {key for one in together for key in one.asked}
+                keys = {key for one in together for key in one.keys}
                 self._under_way |= keys
             try:
                 self._serve(together)
@@ -87,61 +132,121 @@ class Desk:
                     self._turn.notify_all()
         if call.error is not None:
             raise call.error
-        assert call.spent is not None, "answered"
+        assert call.spent is not None, "served"
         return call.spent
 
     def _may_start(self, call: _Call) -> bool:
-        if call not in self._waiting or self._under_way & call.asked.keys():  # another thread is at it
+        if call not in self._waiting or self._busy(call):  # another thread is at it
             return False
-        work = self._per_request * sum(one.requests for one in self._waiting)
-        return work >= self._startup or time.monotonic() - call.came >= PATIENCE * self._startup
+        pace = self._paces[call.serve]
+        line = [one for one in self._waiting if one.serve is call.serve]
+        if self._seconds(line) >= pace.startup or time.monotonic() - call.came >= pace.patience:
+            return True
+        # Nobody else can come, until those of the longer line were served.
+        coming = min(self._callers, self._trials) - self._away - len(self._waiting)
+        return coming <= 0 and 2 * len(line) >= len(self._waiting)
 
-    def _goes_with(self, call: _Call, one: _Call) -> bool:
-        return (one.engine, one.store) == (call.engine, call.store) and not self._under_way & one.asked.keys()
+    def _together(self, call: _Call) -> list[_Call]:
+        together = [call]
+        for one in self._waiting:
+            if one is call or (one.serve, one.kind) != (call.serve, call.kind) or self._busy(one):
+                continue
+            full = call.serve is _train and self._seconds([*together, one]) > self._paces[_train].patience
+            if not full:
+                together.append(one)
+        return together
+
+    def _busy(self, call: _Call) -> bool:
+        return not self._under_way.isdisjoint(call.keys)
+
+    def _seconds(self, calls: Sequence[_Call]) -> float:
+        return sum(self._paces[call.serve].per_unit * call.units for call in calls)
 
     def _serve(self, calls: Sequence[_Call]) -> None:
-        """Answers calls with one pool of engines; where that fails, each with one of its own."""
-        store = Store(calls[0].store)
-        asked = {key: job for call in calls for key, job in call.asked.items() if store.find(*key) is None}
-        began = time.monotonic()
+        """Serves calls with one start; where that fails, each with one of its own."""
         try:
-            startup = answer(asked, calls[0].engine, store).startup if asked else 0.0
-        except Exception as error:
+            pace = calls[0].serve(calls)
+        except BaseException as error:  # nobody else would ever serve these calls
             if len(calls) > 1:
                 for call in calls:
                     self._serve([call])
             else:
                 calls[0].error = error
             return
-        ended, requests = time.monotonic(), sum(call.requests for call in calls)
-        per_request = (ended - began - startup) / requests
-        if asked:
-            self._startup, self._per_request = startup, per_request
-        for call in calls:
-            own = startup / len(calls) + per_request * call.requests
-            call.spent = Spent(startup / len(calls), max(0.0, ended - call.came - own))
+        if pace is not None:
+            self._paces[calls[0].serve] = pace
 
 
-def open_desk(callers: int, evaluated: Artifact | None = None) -> Any:
-    """Starts the desk on this node, for so many callers at a time; it is replaced if it dies.
+def _answer(calls: Sequence[_Call]) -> Pace | None:
+    engine, root = calls[0].kind  # type: ignore[misc]
+    asked = {place: job for call in calls for place, job in call.work.items()}
+    began = time.monotonic()
+    startup = answer(asked, engine, Store(root)).startup
+    ended = time.monotonic()
+    per_request = (ended - began - startup) / sum(call.units for call in calls)
+    for call in calls:
+        own = startup / len(calls) + per_request * call.units
+        call.spent = Spent(startup / len(calls), max(0.0, ended - call.came - own))
+    return Pace(startup, per_request) if startup else None
 
-    `evaluated`: an evaluation that tells how long engines take.
+
+def _train(calls: Sequence[_Call]) -> Pace | None:
+    began = time.monotonic()
+    spent = fit_all([call.work for call in calls])
+    ended = time.monotonic()
+    for call, (startup, waited) in zip(calls, spent, strict=True):
+        call.spent = Spent(startup, waited + began - call.came)
+    startup = sum(one.startup for one in spent)
+    own = sum(ended - began - one.startup - one.waited for one in spent)
+    return Pace(startup, own / sum(call.units for call in calls)) if startup else None
+
+
+def open_desk(callers: int, trials: int, made: Mapping[str, Artifact]) -> Any:
+    """Starts the desk on this node, for so many trials, at most `callers` at a time; it is replaced if it dies.
+
+    `made`: artifacts of all trials by node; those of the evaluation and the warm-up tell how long starts take.
     """
-    known: tuple[float, ...] = ()
+    engines = trainers = Pace()
+    evaluated, trained = made.get(EVALUATE), made.get("warmup")
     if evaluated is not None and evaluated.startup_seconds > 0:
         facts = evaluated.facts
         requests = len(facts["models"]) * sum(facts["counts"].values())
         requests += sum(told["n"] for told in facts.get(KL, {}).values())
-        known = evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests
-    return beside_driver(Desk, *known, max_restarts=-1, max_task_retries=-1, max_concurrency=callers)
+        engines = Pace(evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests)
+    if trained is not None:
+        startup = trained.facts["timeline"]["worker_started"]
+        trainers = Pace(startup, (trained.facts["seconds"] - startup) / trained.facts["rows"])
+    # More threads than callers: a trial that was lost may come again while its first call is served.
+    return beside_driver(
+        Desk,
+        callers,
+        trials,
+        engines,
+        trainers,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=2 * callers,
+    )
 
 
 @dataclass(frozen=True)
 class AtTheDesk:
-    """A trial's `stages.answers.Answer`."""
+    """A trial's `stages.base.Desk`."""
 
     desk: Any
 
-    def __call__(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress, /) -> Spent:
+    def answer(self, asked: Asked, engine: EngineConfig, store: Store) -> Spent:
         with users_error():
             return ray.get(self.desk.answer.remote(asked, engine, store.root))
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        self.desk.away.remote(1)
+        try:
+            yield
+        finally:
+            self.desk.away.remote(-1)
+
+    def fit(self, job: TrainJob, steps: int) -> Spent:
+        with users_error():
+            return ray.get(self.desk.fit.remote(job, steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,21 +25,27 @@ class CampaignSearcher(Searcher):
     Its state are the records in the campaign's folder, so it has none to save with Tune's.
     """
 
-    def __init__(self, campaign: Campaign, records: Records, watch: Watch) -> None:
+    def __init__(
+        self, campaign: Campaign, records: Records, watch: Watch, desk: Any, at_once: Callable[[], int]
+    ) -> None:
+        """`at_once`: how many trials there is room for now."""
         super().__init__()
-        self.campaign, self.records, self.watch = campaign, records, watch
+        self.campaign, self.records, self.watch, self.desk = campaign, records, watch, desk
+        self.at_once = at_once
         self._again = [record for record in records if record not in records.ended]
         self._running: dict[str, Record] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """What `trial` is given as its first argument."""
+        """What `trial` is given as its first argument; None while there is no room for another one."""
+        if not self._again and len(self.records) >= self.campaign.config.total:
+            return Searcher.FINISHED
+        if len(self._running) >= self.at_once():
+            return None
         if self._again:
             record = Record(self._again[0].number, self._again.pop(0).values)
-        elif len(self.records) < self.campaign.config.total:
+        else:
             number = len(self.records)
             record = Record(number, suggest(self.campaign.config, self.records, number))
-        else:
-            return Searcher.FINISHED
         self._running[trial_id] = record
         self.records.save(record)
         self.watch.started(record.number, record.values)
@@ -73,6 +80,7 @@ class CampaignSearcher(Searcher):
             record.state, record.error = "failed", told.get("error", "it ended without a result")
         self.records.save(record)
         self.watch.ended(record.number, self._words(record))
+        self.desk.ended.remote()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher when it starts."""

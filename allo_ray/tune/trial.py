@@ -54,7 +54,7 @@ class Setting:
     results: str
     #: Artifacts that were computed for all trials beforehand: node -> <stage>/<key>.
     shared: Mapping[str, str]
-    #: The actor that shows what trials do, and the one that has their questions answered.
+    #: The actor that shows what trials do, and the one that has their small work done together.
     board: Any
     desk: Any
 
@@ -101,8 +101,7 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
         with track.opened(told_as, folder, lines.say) as trackers:
             for step, part in parts.items():
                 lines.begin(len(part))
-                answer = AtTheDesk(setting.desk)
-                done = pipeline.run(run, part, store, lines, 1, trackers.steps, answer)
+                done = pipeline.run(run, part, store, lines, 1, trackers.steps, AtTheDesk(setting.desk))
                 own = {name: item for name, item in done.items() if name not in setting.shared}
                 for stage, curve in results.curves(own).items():  # what another trial has computed, too
                     trackers.steps(stage, curve.to_pylist())

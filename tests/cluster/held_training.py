@@ -72,14 +72,14 @@ def train(model: str, folder: str, workers: str, *groups: str) -> None:
     import ray
 
     from allo_ray.session import quiet
-    from allo_ray.train import driver
+    from allo_ray.train import driver, fit
 
     quiet()
     # A lost node counts as room for up to 20 s; workers that are asked for in this time wait in vain.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
     ray.init(log_to_driver=False)
     sizes = [int(group) for group in groups]
-    driver._worker = lambda settings: _held(settings, sizes)
+    fit._worker = lambda settings: _held(settings, sizes)
     fewest, most = json.loads(workers)
     driver.train(job(Path(model), Path(folder), fewest if fewest == most else (fewest, most)))
 
@@ -88,11 +88,12 @@ def _held(settings: dict[str, Any], sizes: list[int]) -> None:
     """The driver's worker, whose batches wait until they are the group's, and are noted in <job's folder>/seen."""
     import ray.train
 
-    from allo_ray.train import driver, worker
+    from allo_ray.train import fit, worker
 
     context = ray.train.get_context()
     size, rank = context.get_world_size(), context.get_world_rank()
-    seen = Path(settings["out"]).with_name("seen") / f"{os.getpid()}.jsonl"
+    [(told, _)] = settings["jobs"]
+    seen = Path(told["out"]).with_name("seen") / f"{os.getpid()}.jsonl"
     seen.parent.mkdir(exist_ok=True)
 
     def batches(rows: Any, batch_size: int, first: int) -> Iterator[list[Any]]:
@@ -106,7 +107,7 @@ def _held(settings: dict[str, Any], sizes: list[int]) -> None:
             yield batch
 
     worker.global_batches = batches
-    driver._worker(settings)
+    fit._worker(settings)
 
 
 def check(model: Path, folder: Path, sizes: list[int]) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.errors import UserError
 from allo_ray.neurons import delta
 from allo_ray.neurons.selection import Selection
-from allo_ray.train import driver
+from allo_ray.train import checkpoint, fit
 from allo_ray.train.checkpoint import Progress
-from allo_ray.train.driver import train
-from allo_ray.train.job import HEARTBEAT, LOGPROBS, RUN, TrainJob
+from allo_ray.train.driver import _claim, train
+from allo_ray.train.job import FACTS, HEARTBEAT, LOGPROBS, RUN, TrainJob
 from allo_ray.train.logprobs import compute_logprobs
 from allo_ray.train.loop import Plan, run
+from allo_ray.train.process import clear, peak_rss
 from allo_ray.train.rows import Row
 
 CONFIG = TrainConfig(lr=1e-3, batch_size=8, dtype="float32", weight_decay=0.1)
@@ -126,6 +127,7 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self.out, self.rank, self.after = out, rank, after
         self.killed_at: int | None = None
+        self.time = 0.0
 
     def run(self) -> None:
         while self.killed_at is None:
@@ -140,6 +142,7 @@ class Killer(threading.Thread):
             pids = [told["pid"]] if self.rank == 0 else workers() - {told["pid"]}
             if len(pids) == 1:
                 os.kill(*pids, signal.SIGKILL)
+                self.time = time.time()
                 self.killed_at = told["done"]
 
 
@@ -195,7 +198,7 @@ def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
 
 def slow_storage(settings: dict[str, Any]) -> None:
     """What a worker runs where storing a checkpoint takes two seconds; notes how long each step waited for that."""
-    from allo_ray.train import checkpoint, driver, worker
+    from allo_ray.train import checkpoint, fit, worker
 
     store, save = checkpoint.save, worker._Reporter.save
 
@@ -206,12 +209,12 @@ def slow_storage(settings: dict[str, Any]) -> None:
     def timed(reporter: Any, progress: Progress) -> None:
         began = time.monotonic()
         save(reporter, progress)
-        with (Path(settings["out"]) / "waited").open("a") as file:
+        with (reporter.out / "waited").open("a") as file:
             file.write(f"{time.monotonic() - began}\n")
 
     checkpoint.save, worker._Reporter.save = stored, timed
     try:
-        driver._worker(settings)
+        fit._worker(settings)
     finally:
         checkpoint.save, worker._Reporter.save = store, save
 
@@ -221,7 +224,7 @@ def test_steps_do_not_wait_for_a_checkpoint_to_be_stored(
 ) -> None:
     """19 steps of milliseconds, a checkpoint after every 6th: storing takes 2 s each, and its step goes on at once."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(driver, "_worker", slow_storage)
+    monkeypatch.setattr(fit, "_worker", slow_storage)
     slow = replace(job, trainer=job.trainer.model_copy(update={"checkpoint_every": 6}))
     told = train(slow).facts
     waited = [float(line) for line in (Path(job.out) / "waited").read_text().split()]
@@ -298,6 +301,79 @@ def test_the_second_of_two_workers_is_killed_after_a_checkpoint(
         assert result.facts["resumed_at"] >= 8
         assert tables.METRICS.read(result.metrics)["step"].to_pylist() == list(range(75))
         assert furthest(result.delta, two_undisturbed) <= furthest_allowed
+
+
+def test_jobs_that_share_workers_train_what_they_train_alone(
+    ray_cluster, job: TrainJob, tmp_path: Path, tiny_llama: Path, make_updater, rows: list[Row]
+) -> None:
+    """One of a tenth of the neurons, one that fails, and one whose worker is killed in the middle, in one run of Ray
+    Train: the same bits as by the plain loop; the first is not trained again, and the error is the second one's."""
+    other = tmp_path / "other.safetensors"
+    Selection.all(["elsewhere.weight"], {"elsewhere.weight": (2, 2)}).save(other)
+    first, wrong, last = (replace(job, out=f"{job.out}-{name}") for name in ("first", "wrong", "last"))
+    wrong, last = replace(wrong, selection=str(other)), short_steps(last)
+    jobs = [(first, 19), (wrong, 19), (last, 75)]
+    for one, _ in jobs:
+        Path(one.out).mkdir()
+        _claim(one, Path(one.out))
+    killer = Killer(Path(last.out))
+    killer.start()
+    began = time.time()
+    spent = fit.fit_all(jobs)
+    seconds = time.time() - began
+    assert killer.killed_at is not None, "the run ended before it could be killed"
+    assert json.loads((first.result / FACTS).read_text())["timeline"]["finished"] < killer.time
+    # Each has a third of the start, and waits while the others have their turn.
+    assert len({one.startup for one in spent}) == 1
+    assert all(0 < one.startup < one.startup + one.waited < seconds for one in spent)
+    with pytest.raises(UserError, match="the selection holds tensor"):
+        train(wrong)
+    for one in (first, last):
+        result = train(one)
+        assert result.spent == (0, 0)
+        assert furthest(result.delta, plain(one, tiny_llama, rows, make_updater)) == 0
+    assert result.facts["resumed_at"] >= 4
+
+
+def test_a_checkpoint_that_waits_gives_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first is being stored three more come: the last of them is stored, and no step has waited. What
+    storing raises is raised at the next one."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(folder: Path, *_: Any) -> None:
+        begun.set()
+        go_on.wait()
+        folder.mkdir(parents=True)
+        if folder.name.endswith("5"):
+            raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer = checkpoint.Writer(tmp_path)
+    writer.put({}, Progress(1))
+    begun.wait()
+    for step in (2, 3, 4):
+        writer.put({}, Progress(step))
+    go_on.set()
+    while len(os.listdir(tmp_path)) < 2:
+        time.sleep(0.01)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000004"]
+    writer.put({}, Progress(5))
+    while len(os.listdir(tmp_path)) < 3:
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="disk full"):
+        writer.close()
+
+
+def test_peaks_count_from_the_beginning_of_a_job() -> None:
+    """256 MiB that an earlier job held and gave back are in its peak alone."""
+    clear(gpu=False)
+    held = torch.ones(64 << 20)
+    before = peak_rss()
+    del held
+    clear(gpu=False)
+    assert before - peak_rss() > 200 << 20
 
 
 def test_what_the_user_can_mend_is_told_before_workers_start(job: TrainJob, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One rank of two: a few steps of masked DPO under each ZeRO stage, and once more from a checkpoint.
 
 Before the first step a global batch whose gradient is not finite, and after the last one whose loss is not: both ranks
-name the rows, also those that only the other one has seen.
+name the rows, also those that only the other one has seen. An error of one is raised by both.
 
 python -m tests.train.two_ranks RANK PORT MODEL ROWS SELECTION OUT: rank 0 writes OUT/zero<stage>.safetensors.
 """
@@ -29,6 +29,7 @@ from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.loop import Plan, run
 from allo_ray.train.process import peak_rss
 from allo_ray.train.rows import Row, micro_batches, rows_of
+from allo_ray.train.worker import _on_all
 from allo_ray.train.zero import ZeroUpdater
 from tests.train.conftest import overflowing
 
@@ -97,6 +98,14 @@ def main(rank: int, port: str, model: str, rows_file: str, selection: str, targe
             state = one.state()
             if state is not None:
                 checkpoint.save(out / f"{name}{stage}", state, progress)
+
+    def fails() -> None:
+        if rank == 1:
+            raise UserError("on rank 1 alone")
+
+    with pytest.raises(UserError, match="on rank 1 alone"):
+        _on_all(fails)
+    assert _on_all(lambda: rank) == rank
     lost = np.full(len(second.chosen), np.nan, dtype=np.float32)
     refuses("loss", updater, {second.id: replace(second, chosen_reference=lost)})
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from allo_ray.config.tune import TuneConfig
-from allo_ray.tune.records import Record
+from allo_ray.config.tune import TuneConfig, load_campaign
+from allo_ray.tune.records import Record, Records
 from allo_ray.tune.search import FEWEST, importances, suggest
+from allo_ray.tune.searcher import CampaignSearcher
 
+STATES = ("failed", "running")
 SPACE = {
     "k1": "loguniform(0.01, 0.3)",
     "v": "uniform(0, 1)",
@@ -41,6 +46,23 @@ def test_values_lie_in_the_space(searcher: str) -> None:
         assert values["order"] in ("top", "last")
         assert values["n"] in (1, 2, 3, 4)
         assert isinstance(values["n"], int)
+
+
+def test_trials_are_handed_out_as_the_cluster_grows_and_shrinks(
+    tmp_path: Path, write_campaign: Callable[..., Path]
+) -> None:
+    """Two fit, then three; of three that run none gives way where one fits, and the next waits for all three."""
+    room = iter([2, 2, 2, 3, 3, 1, 1, 1, 1])
+    campaign = load_campaign(write_campaign())
+    watch: Any = SimpleNamespace(started=lambda *_: None, ended=lambda *_: None, trace=lambda _: "")
+    desk: Any = SimpleNamespace(ended=SimpleNamespace(remote=lambda: None))
+    searcher = CampaignSearcher(campaign, Records(tmp_path / "records"), watch, desk, lambda: next(room))
+    handed = [searcher.suggest(name) for name in "abcde"]
+    assert [one and one["number"] for one in handed] == [0, 1, None, 2, None]
+    for name in "abd":
+        assert searcher.suggest("f") is None
+        searcher.on_trial_complete(name, error=True)
+    assert searcher.suggest("f")["number"] == 3
 
 
 def test_random_search_knows_only_the_number() -> None:
@@ -101,22 +123,47 @@ def test_tpe_keeps_to_constraints() -> None:
     assert sum(v > 0.25 for v in late) >= 14
 
 
-def test_every_state_of_a_trial_is_taken_in() -> None:
+def near(v: float, told: TuneConfig, records: list[Record]) -> int:
+    """Of twenty next trials those within 0.05 of `v`."""
+    return sum(abs(float(suggest(told, records, number)["v"]) - v) < 0.05 for number in range(40, 60))
+
+
+def test_tpe_keeps_away_from_what_runs() -> None:
+    """Accuracy is best at 0.3, and all next trials would go there; eight that run there are reason enough to go
+    elsewhere, and eight that failed are none."""
     told = config(space={"v": "uniform(0, 1)"})
-    early = {"SFT": {}, "forgotten": {"s": {"accuracy": 0.2}}}
+    spread = [i * 0.37 % 1 for i in range(20)]
+    known = [finished(i, {"v": v}, 1 - abs(v - 0.3)) for i, v in enumerate(spread)]
+    there = {state: [Record(20 + i, {"v": 0.26 + 0.01 * i}, state) for i in range(8)] for state in STATES}
+    assert near(0.3, told, known) == near(0.3, told, known + there["failed"]) == 20
+    assert near(0.3, told, known + there["running"]) == 0
+
+
+def test_tpe_learns_from_trials_that_were_stopped_early() -> None:
+    """No trial has got to its end yet; of twelve forgotten models those near 0.7 were best."""
+    told = config(space={"v": "uniform(0, 1)"})
+    early = [{"SFT": {}, "forgotten": {"s": {"accuracy": 1 - abs(i / 11 - 0.7)}}} for i in range(12)]
+    stopped = [Record(i, {"v": i / 11}, "stopped early", early=early[i]) for i in range(12)]
+    assert near(0.7, told, stopped) > 10
+
+
+@pytest.mark.parametrize("goal", ["maximise", "minimise"])
+@pytest.mark.parametrize("second", [None, {"metric": "kl", "goal": "minimise"}])
+def test_importances_tell_what_the_best_have_in_common(goal: str, second: dict[str, Any] | None) -> None:
+    """The best trials are those of a large v; the worst, as far away again, those of a small u, whatever their v."""
+    objective = {"suite": "s", "goal": goal}
+    told = config(
+        space={"v": "uniform(0, 1)", "u": "uniform(0, 1)"},
+        objective=objective,
+        second=second,
+        searcher="random",
+    )
+    drawn = [suggest(told, [], number) for number in range(80)]
+    sign = 1 if goal == "maximise" else -1
     records = [
-        *(finished(i, {"v": i / 20}, i / 20) for i in range(12)),
-        Record(12, {"v": 0.1}, "stopped early", early=early),
-        Record(13, {"v": 0.2}, "failed"),
-        Record(14, {"v": 0.99}, "running"),
+        finished(i, values, sign * (float(values["v"]) if float(values["u"]) > 0.2 else -1.0))
+        for i, values in enumerate(drawn)
     ]
-    assert 0 <= float(suggest(told, records, 15)["v"]) <= 1
-
-
-def test_importances_tell_what_matters() -> None:
-    told = config(space={"v": "uniform(0, 1)", "u": "uniform(0, 1)"})
-    drawn = [suggest(told, [], number) for number in range(40)]
-    records = [finished(i, values, 1 - abs(float(values["v"]) - 0.5)) for i, values in enumerate(drawn)]
     found = importances(told, records)
     assert found["v"] > 0.8
     assert sum(found.values()) == pytest.approx(1)
