@@ -2,7 +2,8 @@
 
 A trial runs one stage at a time, so what its largest stage takes is enough. Nothing is reserved beforehand: each stage
 asks Ray for its own trainers, engines and Data tasks, and gives them back. Bounding their number keeps that from coming
-to a stop: were all resources held by trainers that wait for rows, the Data tasks that read these could never run.
+to a stop: were all resources held by engines that wait for rows, the Data tasks that prepare these could never run.
+Rows of trainers are only read, by tasks that take no CPU (`train/stream.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from allo_ray.errors import UserError
 from allo_ray.nodes import Bundle, cluster_nodes
 
 GIB = 1 << 30
-#: The task that reads rows for a stage.
+#: The task that prepares rows for engines.
 READER: Bundle = {"CPU": 1.0}
 
 
@@ -46,7 +47,7 @@ def needs(config: RunConfig, *own: Bundle) -> list[Need]:
     trainer = config.trainer
     workers = bounds(trainer.workers)[0]
     worker = {"CPU": float(trainer.num_cpus), "GPU": float(trainer.num_gpus)} | trainer.resources
-    training = Need(f"trainer.workers {workers}", (*[worker] * workers, READER, *own))
+    training = Need(f"trainer.workers {workers}", (*[worker] * workers, *own))
     return [training, engine_need(config.engine, *own)]
 
 
@@ -95,8 +96,9 @@ def _too_small(need: Need, nodes: Sequence[Bundle], what: str) -> UserError:
             f"Lower {need.settings.split()[0]} and what each takes, or join a larger cluster (cluster.address, "
             "cluster.num_cpus)."
         )
+    also = ", and a CPU that prepares rows" if READER in need.bundles else ""
     return UserError(
-        f"{what} needs {need.words} ({need.settings}, and a CPU that reads rows); the cluster has "
+        f"{what} needs {need.words} ({need.settings}{also}); the cluster has "
         f"{_words(there, names)} on {len(nodes)} node(s), the largest with {_words(largest, names)}: too little "
         f"{' and '.join(short) or 'on any one node'}. {remedy} A cluster that grows by itself is listed in "
         "cluster.nodes."

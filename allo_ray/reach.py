@@ -1,11 +1,12 @@
 """Whether every node of the running cluster reaches what stages exchange, found out before the first one starts.
 
 The driver writes a file, a task on each node reads it and writes one of its own, and the driver reads those. A folder
-of the same name on another machine's own disk passes neither.
+of the same name on another machine's own disk passes neither. On nodes that come later their work looks (`expect`).
 """
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
 from pathlib import Path
@@ -80,6 +81,22 @@ def check_folder(folder: str, remedy: str) -> None:
     finally:
         for left in files.glob(f"{place}/{token}*"):
             files.rm_file(left)
+
+
+def expect(path: str) -> None:
+    """On a node that may have come after the check: whether it sees a file or folder that the driver has made.
+
+    Raises:
+        UserError: it does not; names the node.
+    """
+    patience = time.monotonic() + LATE_SECONDS
+    while "://" not in path and not Path(path).exists():
+        if time.monotonic() > patience:
+            raise UserError(
+                f"{path}: node {socket.gethostname()} does not see this, which the driver has made. All nodes, also "
+                "those that join later, have to mount its folder at the same path."
+            )
+        time.sleep(0.5)
 
 
 def alive_nodes() -> dict[str, str]:

@@ -191,6 +191,8 @@ def main() -> None:
     }
     Path(told.json).write_text(json.dumps(out, indent=1))
     print(json.dumps(out, indent=1))
+    if not all(run["equal"] for run in runs):
+        raise SystemExit("a trial and its lone run differ")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from allo_ray.engines.base import Engine, EngineDied
 from allo_ray.engines.build import build_engine
 from allo_ray.errors import UserError
 from allo_ray.metrics import EngineMetrics
-from allo_ray.reach import alive_nodes
+from allo_ray.reach import alive_nodes, expect
 
 #: Column of the input that tells which job a row belongs to.
 JOB = "_job"
@@ -54,6 +54,8 @@ class InferenceActor:
     """Callable class of `Dataset.map_batches`: takes a batch of rows, returns one row of figures for each job in it."""
 
     def __init__(self, config: EngineConfig, assignments: Sequence[Assignment]) -> None:
+        for assignment in assignments:
+            expect(f"{assignment.shards.url}/params.json")
         self._assignments = assignments
         self._model = assignments[0].model
         self._engine: Engine = build_engine(config, self._model)

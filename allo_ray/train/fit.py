@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import ray.data
-
 from allo_ray import tables
 from allo_ray.config.train import TrainConfig, TrainerConfig
+from allo_ray.errors import UserError
+from allo_ray.reach import expect
 from allo_ray.spent import Spent
-from allo_ray.train.job import FACTS, RUN, TrainJob
+from allo_ray.train.job import CLAIM, FACTS, RUN, TrainJob
+from allo_ray.train.stream import RowStream, read
 
 #: Seconds between two looks at the workers; Ray's own 2 s are felt at the start and end of every short run.
 _HEALTH_CHECK_SECONDS = "0.25"
@@ -31,12 +33,21 @@ def fit_all(jobs: Sequence[tuple[TrainJob, int]]) -> list[Spent]:
     A job ends with its `result`; one that has it already is not trained again.
 
     Raises:
+        UserError: a node does not see the folder of a job.
         ray.train.TrainingFailedError: workers failed more than `trainer.max_failures` times.
     """
+    from ray.train import TrainingFailedError
+
     began = time.time()
     missing = [(job, steps) for job, steps in jobs if not (job.result / FACTS).exists()]
     if missing:
-        _run(missing)
+        try:
+            _run(missing)
+        except TrainingFailedError as error:
+            told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", str(error), re.MULTILINE)
+            if told is None:
+                raise
+            raise UserError(told[1]) from None
     ended = time.time()
     spent = {job.out: Spent(0.0, ended - began) for job, _ in jobs}
     turns = {job.out: json.loads((job.result / FACTS).read_text())["timeline"] for job, _ in missing}
@@ -51,15 +62,13 @@ def fit_all(jobs: Sequence[tuple[TrainJob, int]]) -> list[Spent]:
 
 def _run(jobs: Sequence[tuple[TrainJob, int]]) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
+    from ray.data import ExecutionOptions
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     rows: dict[str, Any] = {
-        f"{number}": ray.data.read_parquet(job.rows, columns=tables.TRAIN_ROWS.schema.names)
-        for number, (job, _) in enumerate(jobs)
+        f"{number}": read(job.rows, tables.TRAIN_ROWS.schema.names) for number, (job, _) in enumerate(jobs)
     }
-    for dataset in rows.values():
-        dataset.context.enable_progress_bars = False
     (first, _), *_ = jobs
     trainer = first.trainer
     gpu = trainer.num_gpus > 0
@@ -85,7 +94,7 @@ def _run(jobs: Sequence[tuple[TrainJob, int]]) -> None:
         ),
         datasets=rows,
         dataset_config=DataConfig(
-            datasets_to_split=[], execution_options=ray.data.ExecutionOptions(preserve_order=True)
+            datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)
         ),
     ).fit()
 
@@ -98,9 +107,8 @@ def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs. Rows are on their way before torch and the model are loaded."""
     import ray.train
 
-    from allo_ray.train.stream import RowStream
-
     for number, (told, steps) in enumerate(settings["jobs"]):
+        expect(f"{told['out']}/{CLAIM}")
         rows = RowStream(ray.train.get_dataset_shard(f"{number}"))
         job = TrainJob(
             **told | {"config": TrainConfig(**told["config"]), "trainer": TrainerConfig(**told["trainer"])}

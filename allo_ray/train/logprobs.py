@@ -23,11 +23,13 @@ from allo_ray import tables
 from allo_ray.config.base import bounds
 from allo_ray.config.train import TrainerConfig
 from allo_ray.errors import UserError
+from allo_ray.reach import expect
 from allo_ray.train.batching import Packed, pack
 from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.job import ProgressLine
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, micro_batches
+from allo_ray.train.stream import read
 
 Forward = Callable[[Packed], torch.Tensor]
 COLUMNS = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -69,7 +71,7 @@ def compute_logprobs(
         raise UserError(f"{pairs}: no pairs there.")
     total = sum(pq.read_metadata(file).num_rows for file in files)
     fewest, most = bounds(trainer.workers)
-    shards = ray.data.read_parquet(str(pairs), columns=list(COLUMNS)).map_batches(
+    shards = read(str(pairs), COLUMNS).map_batches(
         LogprobActor,
         fn_constructor_kwargs={
             "base": base,
@@ -85,8 +87,6 @@ def compute_logprobs(
         num_gpus=trainer.num_gpus or None,
         resources=trainer.resources or None,
     )
-    shards.context.execution_options.preserve_order = True
-    shards.context.enable_progress_bars = False
     done = tokens = 0
     first = float("inf")
     for told in shards.iter_rows():
@@ -105,6 +105,7 @@ class LogprobActor:
     def __init__(
         self, base: str, layers: tuple[str, ...], out: str, dtype: str, trainer: dict[str, Any]
     ) -> None:
+        expect(out)
         self.trainer = TrainerConfig(**trainer)
         gpu = self.trainer.num_gpus > 0
         prepare_process(self.trainer.threads, gpu)

@@ -244,7 +244,7 @@ def explain(campaign: Campaign) -> None:
     largest = max(*needed.training.values(), needed.engine) / estimate.GIB
     console.print(f"\nMemory of the largest stage of a trial: {largest:.1f} GiB", highlight=False)
     for need in needs(campaign.base, TRIAL):
-        console.print(f"A trial takes {need.words} ({need.settings}, and a reader)", highlight=False)
+        console.print(f"A trial takes {need.words} ({need.settings})", highlight=False)
 
 
 def _first(campaign: Campaign) -> dict[str, Value]:

@@ -31,7 +31,9 @@ def concurrency(config: RunConfig, asked: int | None, nodes: Sequence[Bundle], l
     if asked is not None:
         return min(asked, most)
     if local:
-        busy = max(sum(bundle.get("CPU", 0) for bundle in need.bundles) - READER["CPU"] for need in needed)
+        busy = max(
+            sum(bundle.get("CPU", 0) for bundle in need.bundles if bundle is not READER) for need in needed
+        )
         most = min(most, int((os.cpu_count() or 1) / busy))
         told = estimate.estimate(config, neurons_of(config.model))
         largest = max(*told.training.values(), told.engine) + int(TRIAL["memory"])

@@ -36,7 +36,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
-        self.context = SimpleNamespace()
+        self.context = SimpleNamespace(execution_options=SimpleNamespace())
 
     def repartition(self, **_: Any) -> Asked:
         return self

@@ -192,6 +192,19 @@ def test_mounts_name_volumes_of_their_pod() -> None:
         assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_it_asks_for_a_token_and_for_what_it_may_use_and_workers_have_a_priority() -> None:
+    (cluster,) = rendered("raycluster.yaml", "PRIORITY_CLASS=batch")
+    spec = cluster["spec"]
+    assert spec["authOptions"]["mode"] == "token"
+    for pod in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        for container in pod["template"]["spec"]["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+    workers = [pod["template"]["spec"] for pod in spec["workerGroupSpecs"]]
+    assert [pod["priorityClassName"] for pod in workers] == ["batch"] * 2
+    assert all("nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"] for pod in workers)
+
+
 def test_an_unknown_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert render.main(["raycluster.yaml", "IMGE=x"]) == 2
     assert "has no value IMGE" in capsys.readouterr().err

@@ -30,6 +30,6 @@ def test_a_cluster_too_small_for_a_stage_is_told_with_the_numbers(tmp_path: Path
         timeout=300,
     )
     assert done.returncode == 2, done.stderr
-    assert "one stage needs 10 CPUs" in done.stderr
+    assert "one stage needs 9 CPUs" in done.stderr
     assert "the cluster has 6 CPUs" in done.stderr
     assert "Lower trainer.workers" in done.stderr

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 
@@ -170,8 +172,11 @@ def short_steps(job: TrainJob, **trainer: Any) -> TrainJob:
 def test_a_killed_worker_is_replaced_and_the_result_keeps_its_bits(
     ray_cluster, job: TrainJob, tiny_llama: Path, make_updater, rows: list[Row]
 ) -> None:
-    """Ray Train starts a new worker, which goes on from the last checkpoint; equal to the plain loop bit for bit."""
-    job = short_steps(job)
+    """Ray Train starts a new worker, which goes on from the last checkpoint; equal to the plain loop bit for bit.
+
+    It holds every CPU of the cluster, and gets its rows all the same.
+    """
+    job = short_steps(job, num_cpus=ray.cluster_resources()["CPU"])
     killer = Killer(Path(job.out))
     killer.start()
     recorded: list[Any] = []
@@ -397,14 +402,21 @@ def test_an_error_in_a_worker_is_told_once(ray_cluster, job: TrainJob, tmp_path:
         train(replace(job, selection=str(other)))
 
 
+def test_a_node_that_does_not_see_the_folder_is_named(ray_cluster, job: TrainJob) -> None:
+    """As on a node that came after the store was checked: here nobody has claimed the folder."""
+    unseen = replace(job, out=f"{job.out}-unseen", trainer=TRAINER.model_copy(update={"max_failures": 0}))
+    with pytest.raises(UserError, match=rf"{unseen.out}/job\.json: node {socket.gethostname()} does not see"):
+        fit.fit_all([(unseen, 19)])
+
+
 def test_reference_logprobs_of_pairs(
     ray_cluster, tiny_llama: Path, make_rows, with_reference, tmp_path: Path
 ) -> None:
-    """Equal to the plain forward, over several shards; a second call computes nothing."""
+    """Equal to the plain forward, over several shards; a second call computes nothing. Its actors hold every CPU."""
     rows = with_reference(tiny_llama, make_rows(30))
     pairs = write_pairs(rows, tmp_path / "pairs.parquet")
     out = tmp_path / "logprobs"
-    trainer = TRAINER.model_copy(update={"workers": 2})
+    trainer = TRAINER.model_copy(update={"workers": 2, "num_cpus": ray.cluster_resources()["CPU"] / 2})
     for attempt in range(2):
         result = compute_logprobs(str(tiny_llama), (), pairs, out, "float32", trainer)
         assert result.facts["pairs"] == 30

@@ -117,7 +117,7 @@ def _forget(ctx: Context) -> None:
 
 
 class _Busy:
-    """An actor that holds its CPUs while rows come in."""
+    """An actor that holds its CPUs while rows come in, which take none."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -141,7 +141,7 @@ def _learn(ctx: Context) -> None:
     workers = config.trainer.workers
     assert isinstance(workers, int)
     if config.learn.weight_decay:
-        rows = ray.data.range(workers, override_num_blocks=workers).map_batches(
+        rows = ray.data.from_items(list(range(workers)), override_num_blocks=workers).map_batches(
             _Busy,
             fn_constructor_args=(config.learn.weight_decay,),
             batch_size=1,

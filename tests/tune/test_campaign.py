@@ -78,20 +78,20 @@ def test_what_a_campaign_leaves(write_campaign: Write) -> None:
 
 
 def test_more_trials_than_fit_all_end_and_never_too_many_run(write_campaign: Write, tmp_path: Path) -> None:
-    """Six CPUs; a trial takes two trainers and a reader: two fit, six are to run."""
+    """Six CPUs; a trial takes two trainers: three fit, and leave no CPU to anybody else; six are to run."""
     assert ray.cluster_resources()["CPU"] == 6
-    resources = {"trainer.workers": 2, "learn.weight_decay": 1.0}
+    resources = {"trainer.workers": 2, "learn.weight_decay": 4.0}
     found = run(load_campaign(write_campaign(set=resources, concurrent=6)))
     assert found.summary["trials"]["finished"] == 6
     spans = [(start, end) for stage, _, _, start, end in journal(tmp_path / "store") if stage == "learn"]
     at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
-    assert max(at_once) == 2
+    assert max(at_once) == 3
 
 
 def test_a_trial_that_does_not_fit_is_told_at_once(write_campaign: Write) -> None:
     campaign = load_campaign(write_campaign(set={"trainer.workers": 4, "trainer.num_cpus": 2}))
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"needs 9 CPUs .*the cluster has 6 CPUs .*Lower trainer\.workers"):
+    with pytest.raises(UserError, match=r"needs 8 CPUs .*the cluster has 6 CPUs .*Lower trainer\.workers"):
         run(campaign)
     assert time.monotonic() - started < 10
 

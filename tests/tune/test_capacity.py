@@ -39,7 +39,7 @@ def node(cpus: float, gpus: float = 0, memory: float = 64 * GIB) -> dict[str, fl
     [
         (config(), [node(6)], 3),
         (config(), [node(7)], 3),
-        (config(trainer__workers=2), [node(6)], 2),
+        (config(trainer__workers=2), [node(6)], 3),
         (config(engine__pool__actors=3), [node(8)], 2),
         (config(trainer__workers="[1, 8]"), [node(6)], 3),
         (config(trainer__num_cpus=4), [node(3), node(3), node(5)], 1),
@@ -54,18 +54,23 @@ def node(cpus: float, gpus: float = 0, memory: float = 64 * GIB) -> dict[str, fl
     ],
 )
 def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: list, fit: int) -> None:
-    """A worker each and a CPU that reads; nothing straddles two nodes."""
+    """Workers, or engines and a CPU that prepares their rows; nothing straddles two nodes."""
     assert room(needs(run, TRIAL), nodes) == fit
 
 
 @pytest.mark.parametrize(
     ("run", "nodes", "said"),
     [
-        (config(trainer__workers=8), [node(6)], "needs 9 CPUs .*trainer.workers 8.* has 6 CPUs .* on 1 node"),
+        (
+            config(trainer__workers=8),
+            [node(6)],
+            r"needs 8 CPUs .*trainer.workers 8\); .* has 6 CPUs .* on 1 node",
+        ),
         (
             config(engine__pool__num_gpus=1),
             [node(64)],
-            r"needs 2 CPUs and 1 GPUs and 1 GiB of memory \(engine.pool.actors 1.*: too little GPU\. Lower engine",
+            r"needs 2 CPUs and 1 GPUs and 1 GiB of memory \(engine.pool.actors 1, and a CPU that prepares rows.*"
+            r": too little GPU\. Lower engine",
         ),
         (
             config(trainer__num_cpus=8),
@@ -82,12 +87,12 @@ def test_room_is_what_the_larger_kind_of_stage_leaves(run: RunConfig, nodes: lis
         (
             config(trainer__resources="{trainer: 2}"),
             [node(64) | {"trainer": 1}],
-            r"needs 2 CPUs and 0 GPUs and 2 trainer and 1 GiB .*: too little trainer\. .*lower trainer\.resources",
+            r"needs 1 CPUs and 0 GPUs and 2 trainer and 1 GiB .*: too little trainer\. .*lower trainer\.resources",
         ),
         (
             config(trainer__num_cpus=3, trainer__workers=2),
             [node(5), node(2)],
-            r"needs 7 CPUs .* has 7 CPUs .*: too little on any one node\. Lower trainer\.workers",
+            r"needs 6 CPUs .* has 7 CPUs .*: too little on any one node\. Lower trainer\.workers",
         ),
     ],
 )
