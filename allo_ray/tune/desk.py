@@ -30,8 +30,8 @@ from allo_ray.train.job import TrainJob
 from allo_ray.tune.beside import beside_driver
 from allo_ray.tune.measure import EVALUATE
 
-#: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, started
-#: engines nine times where this was 1.
+#: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, took 421
+#: CPU-seconds and 286 by the clock, where this was 1 575 and 349.
 PATIENCE = 3
 #: Seconds of a start that count at most: the rest was a wait for nodes, or workers that were lost.
 LONGEST = 120.0
@@ -147,12 +147,13 @@ class Desk:
         return coming <= 0 and 2 * len(line) >= len(self._waiting)
 
     def _together(self, call: _Call) -> list[_Call]:
-        together = [call]
+        together, pace = [call], self._paces[call.serve]
         for one in self._waiting:
             if one is call or (one.serve, one.kind) != (call.serve, call.kind) or self._busy(one):
                 continue
-            full = call.serve is _train and self._seconds([*together, one]) > self._paces[_train].patience
-            if not full:
+            # Trainers do one after the other: what is large begins on its own, and small work fills the patience.
+            apart = self._seconds([one]) >= pace.startup or self._seconds([*together, one]) > pace.patience
+            if call.serve is _answer or not apart:
                 together.append(one)
         return together
 

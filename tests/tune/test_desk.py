@@ -180,6 +180,8 @@ def test_no_more_is_trained_in_turn_than_fills_the_patience(monkeypatch: pytest.
     calls = [desk._Call(desk._train, TrainerConfig(), None, {number}, 88) for number in range(4)]
     at._waiting = calls
     assert at._together(calls[3]) == [calls[3], calls[0], calls[1]]
+    calls[0].units = 104  # 1.04 s, more than a start takes: begins on its own
+    assert at._together(calls[3]) == [calls[3], calls[1], calls[2]]
 
 
 def test_workers_that_fail_with_several_jobs_get_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
