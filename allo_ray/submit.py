@@ -178,10 +178,11 @@ def check_command(command: Sequence[str], folder: Path) -> None:
                 f"--config {source}: no such file in the working directory {folder.resolve()}, so it cannot travel"
             )
         excludes = _settings(folder).get("excludes", [])
-        if (folder / source).resolve() not in {path for path, _ in travelling_files(folder, excludes)}:
+        place = Path(os.path.normpath(folder.resolve() / source))  # a link travels as what it points to
+        if place not in {path for path, _ in travelling_files(folder, excludes)}:
             raise UserError(
-                f"--config {source}: it does not travel, for {RUNTIME_ENV} or .rayignore leave it out. Copy it to a "
-                "folder that does, beside what it refers to."
+                f"--config {source}: it does not travel, for {RUNTIME_ENV}, .rayignore or .gitignore leave it out. "
+                "Copy it to a folder that does, beside what it refers to."
             )
     local = folder / source if Path(source).suffix else source
     overrides = [value for name, value in zip(command, command[1:], strict=False) if name == "--set"]
@@ -225,6 +226,8 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
     Raises:
         UserError: the cluster stays away for a minute.
     """
+    from aiohttp import ClientError
+
     written = 0
     away_since: float | None = None
 
@@ -250,10 +253,12 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]
             except (
                 RuntimeError,
                 OSError,
-            ):  # the connection broke, or a proxy lets no such connection through
+                ClientError,
+            ):  # it broke, or a proxy lets no such connection through
                 time.sleep(2)
                 show(client.get_job_logs(job), 0)
             info = client.get_job_info(job)
+            away_since = None
         except (RuntimeError, OSError) as error:
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > AWAY_SECONDS:

@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,25 @@ def test_results_flow_along_the_graph_and_only_what_changed_runs_again(
     assert local_path(done["d"].artifact.file("number")).read_text() == "212"
     assert (sorted(again.started), sorted(again.cached)) == (["c", "d"], ["a", "b"])
     assert [item.artifact is not None for item in plan(_diamond(200), store)] == [True] * 4
+
+
+def test_a_run_that_waits_for_another_one_says_so(config: RunConfig, tmp_path: Path) -> None:
+    """Another run has the lease of c; this one is away until it is given back, and not for a, b and d."""
+    store, told = Store(str(tmp_path)), []
+    key = next(item.key for item in plan(_diamond(100), store) if item.node.name == "c")
+    held = ExitStack()
+    held.enter_context(store.lease("add", key))
+
+    class Desk:
+        @contextmanager
+        def away(self) -> Iterator[None]:
+            told.append("away")
+            held.close()
+            yield
+            told.append("back")
+
+    run(config, _diamond(100), store, Lines(), desk=Desk())  # type: ignore[arg-type]
+    assert told == ["away", "back"]
 
 
 def test_independent_stages_run_at_the_same_time(config: RunConfig, tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ class Distribution(Section):
         """A value as it may be drawn between the ends: of numbers no whole one, unless all are."""
         if self.values or self.kind == "randint":
             return self.ends[0]
-        return self.rounded(self.low + (self.high - self.low) / math.pi)
+        tried = [self.rounded(self.low + (self.high - self.low) / math.pi**power) for power in range(1, 9)]
+        return next((value for value in tried if float(value) % 1), tried[0])
 
     def rounded(self, value: Value) -> Value:
         """A drawn value as trials use it: 4 significant digits, inside the bounds."""

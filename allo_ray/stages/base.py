@@ -28,13 +28,14 @@ class Progress(Protocol):
 
 
 class Desk(Protocol):
-    """Has small work of several runs done together, by engines and trainers that start once for all of it.
+    """Has small work of several runs done together, by engines and trainers that start once for all of it; what is
+    large the run does itself.
 
     Raises:
         UserError: as what does the work.
     """
 
-    def answer(self, asked: Asked, engine: EngineConfig, store: Store) -> Spent:
+    def answer(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress) -> Spent:
         """In the place of `stages.answers.answer`."""
         ...
 

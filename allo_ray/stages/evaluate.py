@@ -224,9 +224,8 @@ def _ask(
             jobs[task.stage, key] = Job(task.rows, folder, task.work, out, key)
     if not jobs:
         return
-    engine, store = ctx.config.engine, ctx.store
-    spent = ctx.desk.answer(jobs, engine, store) if ctx.desk else answer(jobs, engine, store, ctx.progress)
-    ctx.startup_seconds, ctx.waited_seconds = spent
+    have_answered = ctx.desk.answer if ctx.desk else answer
+    ctx.startup_seconds, ctx.waited_seconds = have_answered(jobs, ctx.config.engine, ctx.store, ctx.progress)
     shutil.rmtree(exports, ignore_errors=True)
 
 

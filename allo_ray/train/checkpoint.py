@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 #: Checkpoints of a run that are kept.
-KEPT = 2
+LAST = 2
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Progress:
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """Another folder to write into, which becomes `folder`, in place of what is there, when all is written."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    # Workers of a run that was given up may still be at the same: what they write is not mixed up with this.
+    part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
     part.mkdir(parents=True)
     yield part
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +92,7 @@ class Writer:
         state, progress = waiting
         try:
             save(self._folder / f"step-{progress.step:08d}", state, progress)
-            for old in _stored(self._folder)[:-KEPT]:
+            for old in _stored(self._folder)[:-LAST]:
                 shutil.rmtree(old)
         except Exception as error:
             self._error = error

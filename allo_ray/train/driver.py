@@ -72,10 +72,8 @@ def train(
     count = _count_rows(job.rows)
     steps = math.ceil(count / job.config.batch_size)
     _claim(job, out)
-    spent = None
-    if not (job.result / FACTS).exists():
-        with _Watch(out, steps, progress, record):
-            spent = fit(job, steps)
+    with _Watch(out, steps, progress, record):
+        spent = fit(job, steps)
     told = json.loads((job.result / FACTS).read_text())
     if told.get("error"):
         shutil.rmtree(job.result)
@@ -85,11 +83,10 @@ def train(
     record(metrics)
     if (job.result / DELTA).exists():  # an earlier run may have been ended right below
         os.replace(job.result / DELTA, out / DELTA)
-    if spent is None:  # an earlier run had finished and was ended before it could say so
-        spent = Spent(0.0)
-        timeline = dict.fromkeys(timeline, called)
     begun = timeline["worker_started"] - spent.startup
     timeline = {event: moment - begun for event, moment in timeline.items()}
+    if not spent.startup:  # an earlier run had finished and was ended before it could say so
+        timeline = dict.fromkeys(timeline, 0.0)
     facts = {
         **told,
         "rows": count,

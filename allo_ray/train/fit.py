@@ -28,26 +28,18 @@ _HEALTH_CHECK_SECONDS = "0.25"
 
 
 def fit_all(jobs: Sequence[tuple[TrainJob, int]]) -> list[Spent]:
-    """Trains each job for so many steps, all on the workers that the first one asks for.
+    """Trains each job for so many steps, all on the workers that the first one asks for, and with its `max_failures`.
 
-    A job ends with its `result`; one that has it already is not trained again.
+    A job ends with its `result`; one that has it already is not trained again, and spends nothing on a start.
 
     Raises:
         UserError: a node does not see the folder of a job.
         ray.train.TrainingFailedError: workers failed more than `trainer.max_failures` times.
     """
-    from ray.train import TrainingFailedError
-
     began = time.time()
     missing = [(job, steps) for job, steps in jobs if not (job.result / FACTS).exists()]
     if missing:
-        try:
-            _run(missing)
-        except TrainingFailedError as error:
-            told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", str(error), re.MULTILINE)
-            if told is None:
-                raise
-            raise UserError(told[1]) from None
+        _run(missing)
     ended = time.time()
     spent = {job.out: Spent(0.0, ended - began) for job, _ in jobs}
     turns = {job.out: json.loads((job.result / FACTS).read_text())["timeline"] for job, _ in missing}
@@ -63,16 +55,17 @@ def fit_all(jobs: Sequence[tuple[TrainJob, int]]) -> list[Spent]:
 def _run(jobs: Sequence[tuple[TrainJob, int]]) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_SECONDS)
     from ray.data import ExecutionOptions
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     rows: dict[str, Any] = {
-        f"{number}": read(job.rows, tables.TRAIN_ROWS.schema.names) for number, (job, _) in enumerate(jobs)
+        f"{number}": read(tables.TRAIN_ROWS.files(job.rows), tables.TRAIN_ROWS.schema.names)
+        for number, (job, _) in enumerate(jobs)
     }
     (first, _), *_ = jobs
     trainer = first.trainer
     gpu = trainer.num_gpus > 0
-    TorchTrainer(
+    training = TorchTrainer(
         _worker,
         train_loop_config={"jobs": [(_plain(job), steps) for job, steps in jobs]},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -96,7 +89,14 @@ def _run(jobs: Sequence[tuple[TrainJob, int]]) -> None:
         dataset_config=DataConfig(
             datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True)
         ),
-    ).fit()
+    )
+    try:
+        training.fit()
+    except TrainingFailedError as error:
+        told = re.search(rf"^{UserError.__module__}\.UserError: (.*)", str(error), re.MULTILINE)
+        if told is None:
+            raise
+        raise UserError(told[1]) from None
 
 
 def _plain(job: TrainJob) -> dict[str, Any]:
@@ -109,10 +109,15 @@ def _worker(settings: dict[str, Any]) -> None:
 
     for number, (told, steps) in enumerate(settings["jobs"]):
         expect(f"{told['out']}/{CLAIM}")
-        rows = RowStream(ray.train.get_dataset_shard(f"{number}"))
         job = TrainJob(
             **told | {"config": TrainConfig(**told["config"]), "trainer": TrainerConfig(**told["trainer"])}
         )
+        # Workers need not see alike whether an earlier group has finished it: each reads on its own.
+        begin = not (job.result / FACTS).exists()
+        rows = RowStream(ray.train.get_dataset_shard(f"{number}"), begin)
         from allo_ray.train.worker import run_worker
 
-        run_worker(job, steps, rows)
+        try:
+            run_worker(job, steps, rows)
+        finally:
+            rows.close()

@@ -29,7 +29,6 @@ from allo_ray.train.forward import Policy, load_model
 from allo_ray.train.job import ProgressLine
 from allo_ray.train.process import masters_of, prepare_process
 from allo_ray.train.rows import Row, micro_batches
-from allo_ray.train.stream import read
 
 Forward = Callable[[Packed], torch.Tensor]
 COLUMNS = ("id", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -71,7 +70,9 @@ def compute_logprobs(
         raise UserError(f"{pairs}: no pairs there.")
     total = sum(pq.read_metadata(file).num_rows for file in files)
     fewest, most = bounds(trainer.workers)
-    shards = read(str(pairs), COLUMNS).map_batches(
+    # Reading takes no CPU, so that actors may hold all there are.
+    rows = ray.data.read_parquet(str(pairs), columns=list(COLUMNS), ray_remote_args={"num_cpus": 0})
+    shards = rows.map_batches(
         LogprobActor,
         fn_constructor_kwargs={
             "base": base,
@@ -87,6 +88,8 @@ def compute_logprobs(
         num_gpus=trainer.num_gpus or None,
         resources=trainer.resources or None,
     )
+    shards.context.execution_options.preserve_order = True
+    shards.context.enable_progress_bars = False
     done = tokens = 0
     first = float("inf")
     for told in shards.iter_rows():

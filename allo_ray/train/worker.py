@@ -1,4 +1,4 @@
-"""One training worker: builds the policy, finds its place in the run, trains, reports. Runs inside Ray Train."""
+"""One training worker: builds the policy, finds its place in the run, trains, leaves the result; in Ray Train."""
 
 from __future__ import annotations
 

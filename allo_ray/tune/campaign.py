@@ -37,6 +37,7 @@ ATTEMPTS = 3
 #: Trials of the closing table.
 SHOWN = 10
 #: Ctrl-C ends the search at once (nothing is lost), trials start where the driver is, and nothing is logged twice.
+#: Beside these: all trials that the searcher hands out start at once, for it knows how many fit.
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -147,7 +148,7 @@ def search(
             lines.say(f"{missing} trials to go, {min(at_once, missing)} at a time")
             board = put_up()
             results_folder = str(records.folder.absolute())
-            desk = open_desk(at_once, missing, {name: item.artifact for name, item in made.items()})
+            desk = open_desk(min(at_once, missing), {name: item.artifact for name, item in made.items()})
             setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, desk)
             with Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
@@ -159,7 +160,7 @@ def search(
 
 def _fit(setting: Any, searcher: Any, scheduler: Any, trials: int) -> None:
     """Ray Tune's part. What it writes is thrown away: the records are what a campaign resumes from."""
-    os.environ.update(TUNE_ENVIRONMENT)
+    os.environ.update(TUNE_ENVIRONMENT, TUNE_MAX_PENDING_TRIALS_PG=str(trials))
     import ray.tune
 
     from allo_ray.tune.trial import trial

@@ -1,10 +1,10 @@
 """Small work of several trials done together, by one start of the engines or of the trainers.
 
 Engines and trainers take seconds to minutes to start; the questions of one small trial take less, and so may the steps
-of its training. So trials hand both to the desk, an actor beside the driver. It starts at once what takes longer than
-its start. Smaller work waits for others' to come along, at most as long as `PATIENCE` starts take. One pool of engines
-answers all that lies there; trainers train one job after the other, and so take no more than fills that time. A trial
-that waits holds no CPU and no GPU.
+of its training. So trials hand both to the desk, an actor beside the driver. What takes longer than its start it hands
+back, and the trial does that at once, itself. Smaller work waits for others' to come along, at most as long as
+`PATIENCE` starts take. One pool of engines answers all that lies there; trainers train one job after the other, and so
+take no more than fills that time. A trial that waits holds no CPU and no GPU.
 """
 
 from __future__ import annotations
@@ -24,29 +24,32 @@ from allo_ray.results import KL
 from allo_ray.session import quiet
 from allo_ray.spent import Spent
 from allo_ray.stages.answers import Asked, answer
+from allo_ray.stages.base import Progress
 from allo_ray.store import Artifact, Store
+from allo_ray.train.driver import alone
 from allo_ray.train.fit import fit_all
 from allo_ray.train.job import TrainJob
 from allo_ray.tune.beside import beside_driver
 from allo_ray.tune.measure import EVALUATE
 
-#: Starts that small work waits for company. 16 trials of the smoke preset, four at a time on two cores, took 421
-#: CPU-seconds and 286 by the clock, where this was 1 575 and 349.
+#: Starts that small work waits for company (measured beside 1: docs/campaigns.md, What it costs).
 PATIENCE = 3
 #: Seconds of a start that count at most: the rest was a wait for nodes, or workers that were lost.
 LONGEST = 120.0
+#: Calls that wait or are served at a time, at least; each holds a thread.
+THREADS = 64
 
 
 class Pace(NamedTuple):
-    """Seconds that a start takes, and each unit of work then; where they are not known nothing waits."""
+    """Seconds that a start takes, and each unit of work then; where they are not known all work is large."""
 
     startup: float = 0.0
     per_unit: float = 0.0
 
-    @property
-    def patience(self) -> float:
-        """Seconds that small work waits."""
-        return PATIENCE * min(self.startup, LONGEST)
+    @classmethod
+    def of(cls, startup: float, per_unit: float) -> Pace:
+        """As they were measured."""
+        return cls(min(startup, LONGEST), per_unit)
 
 
 Serve = Callable[[Sequence["_Call"]], Pace | None]
@@ -77,10 +80,12 @@ class _Call:
 class Desk:
     """Takes calls from several threads; the first one that may start serves all that go with it."""
 
-    def __init__(self, callers: int, trials: int, engines: Pace, trainers: Pace) -> None:
-        """For so many trials, at most `callers` at a time; `engines`, `trainers`: their pace so far."""
+    def __init__(self, trials: int, engines: Pace, trainers: Pace) -> None:
+        """For so many trials at a time; `engines`, `trainers`: their pace so far."""
         quiet()
-        self._callers, self._trials, self._away = callers, trials, 0
+        self._trials = trials
+        #: Those that wait for what other ones make.
+        self._away: set[int] = set()
         self._turn = threading.Condition()
         self._waiting: list[_Call] = []
         #: What is being made: a trial that was lost and asks again waits for its first call.
@@ -88,30 +93,35 @@ class Desk:
         #: As they were the last time.
         self._paces: dict[Serve, Pace] = {_answer: engines, _train: trainers}
 
-    def answer(self, asked: Asked, engine: EngineConfig, root: str) -> Spent:
-        """See `stages.base.Desk`; `root` is the store's."""
+    def answer(self, trial: int, asked: Asked, engine: EngineConfig, root: str) -> Spent | None:
+        """See `stages.base.Desk`; `root` is the store's. None: it is large."""
         requests = sum(len(job.rows) * job.work.requests for job in asked.values())  # type: ignore[arg-type]
-        return self._served(_Call(_answer, (engine, root), asked, asked.keys(), requests))
+        return self._served(trial, _Call(_answer, (engine, root), asked, asked.keys(), requests))
 
-    def fit(self, job: TrainJob, steps: int) -> Spent:
-        """See `stages.base.Desk`."""
+    def fit(self, trial: int, job: TrainJob, steps: int) -> Spent | None:
+        """See `stages.base.Desk`. None: it is large."""
         rows = steps * job.config.batch_size
-        return self._served(_Call(_train, job.trainer, (job, steps), {job.out}, rows))
+        return self._served(trial, _Call(_train, job.trainer, (job, steps), {job.out}, rows))
 
-    def ended(self) -> None:
-        """A trial has ended."""
+    @ray.method(concurrency_group="words")
+    def expect(self, trials: int) -> None:
+        """So many trials bring work from now on."""
         with self._turn:
-            self._trials -= 1
+            self._trials = trials
             self._turn.notify_all()
 
-    def away(self, more: int) -> None:
-        """So many more trials wait for what other ones make."""
+    @ray.method(concurrency_group="words")
+    def away(self, trial: int, waits: bool) -> None:
+        """This trial waits for what another one makes, or no longer."""
         with self._turn:
-            self._away += more
+            (self._away.add if waits else self._away.discard)(trial)
             self._turn.notify_all()
 
-    def _served(self, call: _Call) -> Spent:
+    def _served(self, trial: int, call: _Call) -> Spent | None:
         with self._turn:
+            self._away.discard(trial)  # one that was lost may not have said so
+            if self._seconds([call]) >= self._paces[call.serve].startup and not self._busy(call):
+                return None
             self._waiting.append(call)
             self._turn.notify_all()
         while True:
@@ -138,22 +148,21 @@ class Desk:
     def _may_start(self, call: _Call) -> bool:
         if call not in self._waiting or self._busy(call):  # another thread is at it
             return False
-        pace = self._paces[call.serve]
-        line = [one for one in self._waiting if one.serve is call.serve]
-        if self._seconds(line) >= pace.startup or time.monotonic() - call.came >= pace.patience:
+        startup = self._paces[call.serve].startup
+        waited = time.monotonic() - call.came
+        if self._seconds(self._together(call)) >= startup or waited >= PATIENCE * startup:
             return True
         # Nobody else can come, until those of the longer line were served.
-        coming = min(self._callers, self._trials) - self._away - len(self._waiting)
+        coming = self._trials - len(self._away) - len(self._waiting)
+        line = [one for one in self._waiting if one.serve is call.serve]
         return coming <= 0 and 2 * len(line) >= len(self._waiting)
 
     def _together(self, call: _Call) -> list[_Call]:
-        together, pace = [call], self._paces[call.serve]
+        together, most = [call], PATIENCE * self._paces[call.serve].startup
         for one in self._waiting:
             if one is call or (one.serve, one.kind) != (call.serve, call.kind) or self._busy(one):
                 continue
-            # Trainers do one after the other: what is large begins on its own, and small work fills the patience.
-            apart = self._seconds([one]) >= pace.startup or self._seconds([*together, one]) > pace.patience
-            if call.serve is _answer or not apart:
+            if call.serve is _answer or self._seconds([*together, one]) <= most:
                 together.append(one)
         return together
 
@@ -182,13 +191,13 @@ def _answer(calls: Sequence[_Call]) -> Pace | None:
     engine, root = calls[0].kind  # type: ignore[misc]
     asked = {place: job for call in calls for place, job in call.work.items()}
     began = time.monotonic()
-    startup = answer(asked, engine, Store(root)).startup
+    startup, held = answer(asked, engine, Store(root))
     ended = time.monotonic()
-    per_request = (ended - began - startup) / sum(call.units for call in calls)
+    per_request = (ended - began - held - startup) / sum(call.units for call in calls)
     for call in calls:
         own = startup / len(calls) + per_request * call.units
         call.spent = Spent(startup / len(calls), max(0.0, ended - call.came - own))
-    return Pace(startup, per_request) if startup else None
+    return Pace.of(startup, per_request) if startup else None
 
 
 def _train(calls: Sequence[_Call]) -> Pace | None:
@@ -199,11 +208,11 @@ def _train(calls: Sequence[_Call]) -> Pace | None:
         call.spent = Spent(startup, waited + began - call.came)
     startup = sum(one.startup for one in spent)
     own = sum(ended - began - one.startup - one.waited for one in spent)
-    return Pace(startup, own / sum(call.units for call in calls)) if startup else None
+    return Pace.of(startup, own / sum(call.units for call in calls)) if startup else None
 
 
-def open_desk(callers: int, trials: int, made: Mapping[str, Artifact]) -> Any:
-    """Starts the desk on this node, for so many trials, at most `callers` at a time; it is replaced if it dies.
+def open_desk(trials: int, made: Mapping[str, Artifact]) -> Any:
+    """Starts the desk on this node, for so many trials at a time; it is replaced if it dies.
 
     `made`: artifacts of all trials by node; those of the evaluation and the warm-up tell how long starts take.
     """
@@ -213,20 +222,21 @@ def open_desk(callers: int, trials: int, made: Mapping[str, Artifact]) -> Any:
         facts = evaluated.facts
         requests = len(facts["models"]) * sum(facts["counts"].values())
         requests += sum(told["n"] for told in facts.get(KL, {}).values())
-        engines = Pace(evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests)
+        engines = Pace.of(
+            evaluated.startup_seconds, (evaluated.seconds - evaluated.startup_seconds) / requests
+        )
     if trained is not None:
         startup = trained.facts["timeline"]["worker_started"]
-        trainers = Pace(startup, (trained.facts["seconds"] - startup) / trained.facts["rows"])
-    # More threads than callers: a trial that was lost may come again while its first call is served.
+        trainers = Pace.of(startup, (trained.facts["seconds"] - startup) / trained.facts["rows"])
     return beside_driver(
         Desk,
-        callers,
         trials,
         engines,
         trainers,
         max_restarts=-1,
         max_task_retries=-1,
-        max_concurrency=2 * callers,
+        max_concurrency=max(THREADS, 2 * trials),
+        concurrency_groups={"words": 1},
     )
 
 
@@ -235,19 +245,22 @@ class AtTheDesk:
     """A trial's `stages.base.Desk`."""
 
     desk: Any
+    trial: int
 
-    def answer(self, asked: Asked, engine: EngineConfig, store: Store) -> Spent:
+    def answer(self, asked: Asked, engine: EngineConfig, store: Store, progress: Progress) -> Spent:
         with users_error():
-            return ray.get(self.desk.answer.remote(asked, engine, store.root))
-
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        self.desk.away.remote(1)
-        try:
-            yield
-        finally:
-            self.desk.away.remote(-1)
+            spent: Any = ray.get(self.desk.answer.remote(self.trial, asked, engine, store.root))
+        return answer(asked, engine, store, progress) if spent is None else spent
 
     def fit(self, job: TrainJob, steps: int) -> Spent:
         with users_error():
-            return ray.get(self.desk.fit.remote(job, steps))
+            spent: Any = ray.get(self.desk.fit.remote(self.trial, job, steps))
+        return alone(job, steps) if spent is None else spent
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        self.desk.away.remote(self.trial, True)
+        try:
+            yield
+        finally:
+            self.desk.away.remote(self.trial, False)

@@ -39,7 +39,7 @@ class CampaignSearcher(Searcher):
         """What `trial` is given as its first argument; None while there is no room for another one."""
         if not self._again and len(self.records) >= self.campaign.config.total:
             return Searcher.FINISHED
-        if len(self._running) >= self.at_once():
+        if not self._expect():
             return None
         if self._again:
             record = Record(self._again[0].number, self._again.pop(0).values)
@@ -80,7 +80,15 @@ class CampaignSearcher(Searcher):
             record.state, record.error = "failed", told.get("error", "it ended without a result")
         self.records.save(record)
         self.watch.ended(record.number, self._words(record))
-        self.desk.ended.remote()
+        self.desk.away.remote(record.number, False)
+        self._expect()
+
+    def _expect(self) -> int:
+        """How many trials may start now; the desk is told how many bring work then."""
+        left = len(self._again) + self.campaign.config.total - len(self.records)
+        more = min(left, max(0, self.at_once() - len(self._running)))
+        self.desk.expect.remote(len(self._running) + more)
+        return more
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher when it starts."""

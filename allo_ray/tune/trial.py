@@ -101,7 +101,9 @@ def trial(told: dict[str, Any], setting: Setting) -> None:
         with track.opened(told_as, folder, lines.say) as trackers:
             for step, part in parts.items():
                 lines.begin(len(part))
-                done = pipeline.run(run, part, store, lines, 1, trackers.steps, AtTheDesk(setting.desk))
+                done = pipeline.run(
+                    run, part, store, lines, 1, trackers.steps, AtTheDesk(setting.desk, number)
+                )
                 own = {name: item for name, item in done.items() if name not in setting.shared}
                 for stage, curve in results.curves(own).items():  # what another trial has computed, too
                     trackers.steps(stage, curve.to_pylist())

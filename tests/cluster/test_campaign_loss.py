@@ -23,7 +23,7 @@ def tune(file: str) -> None:
 
 
 def test_a_node_lost_under_a_campaign_costs_no_trial(local_cluster: LocalCluster, tmp_path: Path) -> None:
-    """Two nodes have room for one learning trial each (2 CPUs and one for a reader). One is lost when a trial has
+    """Two nodes have room for one learning trial each (2 of 3 CPUs). One is lost when a trial has
     finished and two more learn, and is not replaced: the trial that learned there is taken up by the other node."""
     places = {"store": str(tmp_path / "store"), "runs": str(tmp_path / "runs")}
     slow = {"learn.weight_decay": 4.0, "trainer": {"workers": 1, "num_cpus": 2, "num_gpus": 0}}

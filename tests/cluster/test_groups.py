@@ -18,7 +18,7 @@ from allo_ray.config.train import TrainConfig, TrainerConfig
 from allo_ray.data import inference
 from allo_ray.errors import UserError
 from allo_ray.nodes import growth
-from allo_ray.train.fit import fit_all
+from allo_ray.train import fit
 from allo_ray.train.job import TrainJob
 from allo_ray.train.logprobs import compute_logprobs
 from tests.cluster.test_kuberay import rendered
@@ -51,6 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     told = Asked()
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", told.map_batches)
     monkeypatch.setattr(ray.data, "read_parquet", lambda *_, **__: told)
+    monkeypatch.setattr(fit, "read", lambda *_: told)
     return told
 
 
@@ -62,7 +63,7 @@ def test_trainers_and_samplers_ask_for_their_groups(asked: Asked, tmp_path: Path
     tables.PAIRS.write([], pairs)
     job = TrainJob("base", (), None, str(rows), "dpo", config, TRAINER, str(tmp_path))
     with pytest.raises(AskedError):
-        fit_all([(job, 1)])
+        fit.fit_all([(job, 1)])
     scaling = asked.options["scaling_config"]
     assert scaling.resources_per_worker == {"CPU": 1, "trainer": 1}
     assert scaling.placement_strategy == "SPREAD"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import ray
 
 from allo_ray import tables
 from allo_ray.config.engine import EngineConfig
@@ -60,65 +63,83 @@ class Engines:
         return Spent(self.startup)
 
 
-def test_small_calls_wait_for_each_other_and_large_ones_do_not(
+def test_small_calls_wait_for_each_other_and_large_ones_are_handed_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A start takes 1 s, a row 1 ms. Three calls of 10 rows come while the first one waits its three seconds: one
-    start, of which each bears a third. A call of 4,000 rows starts at once and takes along what waits. A small one that
-    comes then waits its three seconds, and starts beside it."""
-    engines, store, at = Engines(1.0), str(tmp_path), Desk(8, 99, Pace(1.0, 0.001), Pace())
+    start, of which each bears a third. A call of 4,000 rows does not wait, and makes no small one begin."""
+    engines, store, at = Engines(1.0), str(tmp_path), Desk(8, Pace(1.0, 0.001), Pace())
     monkeypatch.setattr(desk, "answer", engines)
 
-    def call(number: int, rows: int = 10) -> Future[Spent]:
-        return pool.submit(at.answer, asked(number, rows), ENGINE, store)
+    def call(number: int, rows: int = 10) -> Future[Spent | None]:
+        return pool.submit(at.answer, number, asked(number, rows), ENGINE, store)
 
     with ThreadPoolExecutor(8) as pool:
         began = time.monotonic()
-        for spent in [one.result() for one in [call(0), call(1), call(2)]]:
+        calls = [call(0), call(1), call(2)]
+        assert call(3, 4000).result() is None
+        assert time.monotonic() - began < 1
+        for one in calls:
+            spent = one.result()
+            assert spent
             assert spent.startup == pytest.approx(1 / 3)
             assert spent.waited == pytest.approx(3 + 2 / 3, abs=0.5)
         assert time.monotonic() - began > 3.9
-        small = call(3)
-        time.sleep(0.2)
-        large = call(4, 4000)
-        time.sleep(0.2)
-        late = call(5)
-        assert large.result().startup == small.result().startup == 0.5
-        assert large.result().waited < 1
-        assert late.result().startup == 1
-    assert engines.starts == [["0", "1", "2"], ["3", "4"], ["5"]]
+    assert engines.starts == [["0", "1", "2"]]
 
 
-def test_what_is_asked_again_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A trial that was lost while its questions were being answered asks them again: it gets what is published then."""
-    engines, store, at = Engines(1.0), str(tmp_path), Desk(8, 99, Pace(), Pace())
+def test_small_calls_that_fill_a_start_begin_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """600 rows take 0.6 s; two such calls take longer than a start of 1 s."""
+    engines, store, at = Engines(1.0), str(tmp_path), Desk(8, Pace(1.0, 0.001), Pace())
+    monkeypatch.setattr(desk, "answer", engines)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda number: at.answer(number, asked(number, 600), ENGINE, store), range(2)))
+    assert time.monotonic() - began < 3
+    assert engines.starts == [["0", "1"]]
+
+
+@pytest.mark.parametrize("startup", [0.0, 1.0])
+def test_what_is_asked_again_is_not_done_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, startup: float
+) -> None:
+    """A trial that was lost while its questions were being answered asks them again: it gets what is published then,
+    also where they would be large by now."""
+    engines, store, at = Engines(1.0), str(tmp_path), Desk(1, Pace(1.0, 0.001), Pace())
     monkeypatch.setattr(desk, "answer", engines)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(at.answer, asked(0), ENGINE, store)
+        first = pool.submit(at.answer, 0, asked(0), ENGINE, store)
         time.sleep(0.3)
-        again = pool.submit(at.answer, asked(0), ENGINE, store)
-        assert first.result().startup == 1
-        assert again.result().startup == 0
+        at._paces[desk._answer] = Pace(startup, 0.001)
+        again = pool.submit(at.answer, 0, asked(0), ENGINE, store)
+        assert first.result() == (1, pytest.approx(0, abs=0.2))
+        assert again.result() == (0, pytest.approx(0.7, abs=0.3))
     assert engines.starts == [["0"]]
 
 
 def test_one_trials_error_is_not_anothers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two calls share a start that fails: each is tried alone, and only the bad one fails."""
-    engines, store, at = Engines(0.2), str(tmp_path), Desk(8, 99, Pace(0.5, 0.001), Pace())
+    engines, store, at = Engines(0.2), str(tmp_path), Desk(2, Pace(0.5, 0.001), Pace())
     monkeypatch.setattr(desk, "answer", engines)
     bad_one = {("answers", "bad"): Job(pa.table({"id": ["0"]}), "m", WORK, "")}
     with ThreadPoolExecutor(2) as pool:
-        good = pool.submit(at.answer, asked(1), ENGINE, store)
-        bad = pool.submit(at.answer, bad_one, ENGINE, store)
-        assert good.result().startup == 0.2
+        good = pool.submit(at.answer, 1, asked(1), ENGINE, store)
+        bad = pool.submit(at.answer, 2, bad_one, ENGINE, store)
+        assert good.result() == (0.2, pytest.approx(0, abs=0.2))
         with pytest.raises(UserError, match="does not start"):
             bad.result()
     assert sorted(map(len, engines.starts)) == [1, 1, 2]
 
 
-def trained(at: Desk, number: int, rows: int = 8) -> Spent:
-    """Has a job of so many rows trained."""
-    return at.fit(replace(JOB, out=f"{number}"), rows // 8)
+def trained(at: Desk, number: int, rows: int = 8) -> Spent | None:
+    """Has a job of so many rows trained for the trial of this number."""
+    return at.fit(number, replace(JOB, out=f"{number}"), rows // 8)
+
+
+def starts_of(at: Desk, numbers: Iterable[int]) -> list[float]:
+    """What each of these trials bears of a start, when they come together."""
+    with ThreadPoolExecutor(8) as pool:
+        return [spent.startup if spent else 0.0 for spent in pool.map(partial(trained, at), numbers)]
 
 
 class Trainers:
@@ -136,61 +157,59 @@ class Trainers:
         return [Spent(1 / len(jobs), sum(own) - one + 1 - 1 / len(jobs)) for one in own]
 
 
-def test_small_trainings_share_workers_and_nobody_waits_for_who_cannot_come(
+def test_small_trainings_share_workers_and_large_ones_are_handed_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Four trials at most, a start takes 1 s and a row 10 ms. Once all four wait for a training of 8 rows they begin,
-    and each bears a quarter of the start. Two of 104 rows take longer than a start, so each begins at once, alone."""
-    trainers, at = Trainers(), Desk(4, 99, Pace(), Pace(1.0, 0.01))
+    """A start takes 1 s and a row 10 ms. Once all four trials wait for a training of 8 rows they begin, and each bears
+    a quarter of the start and waits for the three others. 104 rows take longer than a start."""
+    trainers, at = Trainers(), Desk(4, Pace(), Pace(1.0, 0.01))
     monkeypatch.setattr(desk, "fit_all", trainers)
-    with ThreadPoolExecutor(4) as pool:
-        began = time.monotonic()
-        for spent in pool.map(lambda number: trained(at, number), range(4)):
-            assert spent.startup == 0.25
-            assert spent.waited == pytest.approx(1 - 0.25 + 3 * 0.08, abs=0.4)
-        assert time.monotonic() - began < 2.5
-        assert sorted(trainers.starts.pop()) == ["0", "1", "2", "3"]
-        large = [pool.submit(trained, at, number, 104) for number in (4, 5)]
-        assert [one.result().startup for one in large] == [1, 1]
-        assert sorted(trainers.starts) == [["4"], ["5"]]
-
-
-@pytest.mark.parametrize("elsewhere", ["away", "ended"])
-def test_nobody_waits_for_trials_that_bring_nothing(monkeypatch: pytest.MonkeyPatch, elsewhere: str) -> None:
-    """Of four trials two wait for the forgotten models of the others, or have ended: those two begin at once."""
-    trainers, at = Trainers(), Desk(4, 4, Pace(), Pace(1.0, 0.01))
-    monkeypatch.setattr(desk, "fit_all", trainers)
-    if elsewhere == "away":
-        at.away(2)
-    else:
-        at.ended()
-        at.ended()
     began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        assert [spent.startup for spent in pool.map(lambda number: trained(at, number), range(2))] == [
-            0.5,
-            0.5,
-        ]
+    with ThreadPoolExecutor(4) as pool:
+        for spent in pool.map(partial(trained, at), range(4)):
+            assert spent == (0.25, pytest.approx(1 - 0.25 + 3 * 0.08, abs=0.4))
     assert time.monotonic() - began < 2.5
+    assert sorted(trainers.starts.pop()) == ["0", "1", "2", "3"]
+    assert trained(at, 4, 104) is None
+    assert trainers.starts == []
 
 
-def test_no_more_is_trained_in_turn_than_fills_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_trials_that_bring_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four trials two wait for the forgotten models of the others: those begin at once. Then there are two trials
+    more, and again the two bear half of a start each. One that was away comes itself: nobody else is awaited."""
+    at = Desk(4, Pace(), Pace(1.0, 0.01))
+    monkeypatch.setattr(desk, "fit_all", Trainers())
+    at.away(2, True)
+    at.away(3, True)
+    began = time.monotonic()
+    assert starts_of(at, (0, 1)) == [0.5, 0.5]
+    at.away(2, False)
+    at.expect(3)
+    assert starts_of(at, (0, 1)) == [0.5, 0.5]
+    at.expect(2)
+    at.away(3, True)
+    assert starts_of(at, (3, 4)) == [0.5, 0.5]
+    assert time.monotonic() - began < 6
+
+
+def test_no_more_is_trained_in_turn_than_fills_the_patience() -> None:
     """While three trainings of 88 rows, 0.88 s each, are taken along, 3 s are not full; with a fourth they would be."""
-    at = Desk(4, 99, Pace(), Pace(1.0, 0.01))
+    at = Desk(4, Pace(), Pace(1.0, 0.01))
     calls = [desk._Call(desk._train, TrainerConfig(), None, {number}, 88) for number in range(4)]
     at._waiting = calls
     assert at._together(calls[3]) == [calls[3], calls[0], calls[1]]
-    calls[0].units = 104  # 1.04 s, more than a start takes: begins on its own
-    assert at._together(calls[3]) == [calls[3], calls[1], calls[2]]
 
 
 def test_workers_that_fail_with_several_jobs_get_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together they do not fit into memory, alone they do."""
-    trainers, at = Trainers(), Desk(2, 99, Pace(), Pace(1.0, 0.01))
+    trainers, at = Trainers(), Desk(2, Pace(), Pace(1.0, 0.01))
     monkeypatch.setattr(desk, "fit_all", trainers)
-    with ThreadPoolExecutor(2) as pool:
-        assert [spent.startup for spent in pool.map(lambda number: trained(at, number), (12, 13))] == [1, 1]
+    assert starts_of(at, (12, 13)) == [1, 1]
     assert sorted(map(len, trainers.starts)) == [1, 1, 2]
+
+
+def test_a_start_that_waited_for_a_node_is_no_measure() -> None:
+    assert Pace.of(1200.0, 0.1) == (desk.LONGEST, 0.1)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -204,11 +223,18 @@ def test_answers_are_published_for_each_trial(tiny_llama: Path, tmp_path: Path) 
             for at in range(3)
         ]
     )
-    opened = AtTheDesk(beside_driver(Desk, 2, 99, Pace(5.0, 0.0), Pace(0.0, 0.0), max_concurrency=2))
+    opened = AtTheDesk(
+        beside_driver(Desk, 2, Pace(5.0, 0.0), Pace(), max_concurrency=2, concurrency_groups={"words": 1}),
+        trial=0,
+    )
+
+    progress = SimpleNamespace(update=lambda *_, **__: None)
 
     def trial(number: int) -> Spent:
         out = str(store.work_folder("answers", f"{number}") / tables.SAMPLES.name)
-        return opened.answer({("answers", f"{number}"): Job(rows, str(tiny_llama), WORK, out)}, ENGINE, store)
+        return opened.answer(
+            {("answers", f"{number}"): Job(rows, str(tiny_llama), WORK, out)}, ENGINE, store, progress
+        )
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(trial, range(2))
@@ -220,5 +246,12 @@ def test_answers_are_published_for_each_trial(tiny_llama: Path, tmp_path: Path) 
     twice = {
         ("answers", "2"): Job(pa.concat_tables([rows, rows]), str(tiny_llama), WORK, f"{tmp_path}/twice")
     }
+    opened.desk.expect.remote(1)
     with pytest.raises(UserError, match=r"^\S+twice: 3 ids of the input occur more than once"):
-        opened.answer(twice, ENGINE, store)
+        opened.answer(twice, ENGINE, store, progress)
+    handed_back = SimpleNamespace(answer=SimpleNamespace(remote=lambda *_: ray.put(None)))
+    large = AtTheDesk(handed_back, trial=0)
+    out = str(store.work_folder("answers", "3") / tables.SAMPLES.name)
+    job = Job(rows, str(tiny_llama), WORK, out)
+    assert large.answer({("answers", "3"): job}, ENGINE, store, progress).startup > 0
+    assert store.find("answers", "3") is not None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.search import Searcher
 
 from allo_ray.config.tune import TuneConfig, load_campaign
 from allo_ray.tune.records import Record, Records
@@ -51,18 +52,29 @@ def test_values_lie_in_the_space(searcher: str) -> None:
 def test_trials_are_handed_out_as_the_cluster_grows_and_shrinks(
     tmp_path: Path, write_campaign: Callable[..., Path]
 ) -> None:
-    """Two fit, then three; of three that run none gives way where one fits, and the next waits for all three."""
-    room = iter([2, 2, 2, 3, 3, 1, 1, 1, 1])
-    campaign = load_campaign(write_campaign())
+    """Two fit, then three; of three that run none gives way where one fits, and the next waits for all three. The desk
+    hears of what may come: of six trials in all no more than are left."""
+    campaign, room, told = load_campaign(write_campaign()), 2, []
     watch: Any = SimpleNamespace(started=lambda *_: None, ended=lambda *_: None, trace=lambda _: "")
-    desk: Any = SimpleNamespace(ended=SimpleNamespace(remote=lambda: None))
-    searcher = CampaignSearcher(campaign, Records(tmp_path / "records"), watch, desk, lambda: next(room))
-    handed = [searcher.suggest(name) for name in "abcde"]
-    assert [one and one["number"] for one in handed] == [0, 1, None, 2, None]
-    for name in "abd":
-        assert searcher.suggest("f") is None
+    away = SimpleNamespace(remote=lambda *_: None)
+    desk: Any = SimpleNamespace(away=away, expect=SimpleNamespace(remote=told.append))
+    searcher = CampaignSearcher(campaign, Records(tmp_path / "records"), watch, desk, lambda: room)
+
+    def suggested(name: str) -> Any:
+        found = searcher.suggest(name)
+        return found["number"] if isinstance(found, dict) else found
+
+    assert [suggested(name) for name in "abc"] == [0, 1, None]
+    room = 3
+    assert [suggested(name) for name in "cd"] == [2, None]
+    room = 1
+    for name in "abc":
+        assert suggested("e") is None
         searcher.on_trial_complete(name, error=True)
-    assert searcher.suggest("f")["number"] == 3
+    assert suggested("e") == 3
+    room = 9
+    assert [suggested(name) for name in "fgh"] == [4, 5, Searcher.FINISHED]
+    assert told == [2, 2, 2, 3, 3, 3, 2, 2, 1, 1, 1, 1, 3, 3]
 
 
 def test_random_search_knows_only_the_number() -> None:
