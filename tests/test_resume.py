@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ evaluate:
     - {name: arithmetic, label: held-out, args: {train: 24, sft: 16, test: 300}, limit: 24}
 """
 #: Where a driver is killed: as soon as the work folder of a stage holds the first of these files.
-KILLS = {"sample": "samples/*.parquet", "warmup": "run/step-*", "learn": "run/step-*"}
+KILLS = {"sample": "samples/*.parquet", "warmup": "run/step-????????", "learn": "run/step-????????"}
+MACHINE = "learn"
 #: Seconds that processes of a killed driver's cluster may live on.
 LINGER = 60
 
@@ -86,17 +88,21 @@ def finish(config: Path, folder: Path) -> Run:
 
 
 def kill_in(config: Path, folder: Path, stage: str, sign: str) -> None:
-    """Starts a run and kills its driver, and nothing else, in the middle of `stage`."""
+    """Starts a run and kills its driver in the middle of `stage`, and nothing else; in MACHINE its whole cluster, as
+    where a machine goes down."""
     driver = start(config, folder)
     work = folder / "store" / ".work"
     while not any(work.glob(f"{stage}-*/{sign}")):
         assert driver.poll() is None, (folder / "out").read_text()[-4000:]
         time.sleep(0.005)
     cluster = psutil.Process(driver.pid).children(recursive=True)
+    assert any("Worker" in name for name in names(cluster)), "the driver's cluster was at work"
     driver.send_signal(signal.SIGKILL)
+    for process in cluster if stage == MACHINE else []:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     driver.wait()
     assert not (folder / "store" / stage).exists(), f"{stage} was over before the kill; make it longer"
-    assert any("Worker" in name for name in names(cluster)), "the driver's cluster was at work"
     patience = time.monotonic() + LINGER
     while any("Worker" in name for name in names(cluster)):  # agents without a cluster do no harm
         assert time.monotonic() < patience, f"still there after {LINGER} s: {names(cluster)}"
@@ -145,10 +151,11 @@ def test_the_same_artifacts(undisturbed: Run, killed: Run) -> None:
 
 
 def test_it_went_on_inside_the_stages(killed: Run) -> None:
-    """What was sampled and trained before a kill was not done again."""
+    """What was sampled and trained before a kill was not done again. Workers whose driver is gone may get to the end of
+    a short training before their cluster is: then the next run starts none."""
     assert killed.facts("sample")["engine"]["skipped"] > 0
-    for stage in ("warmup", "learn"):
-        assert killed.facts(stage)["resumed_at"] >= 1
+    assert killed.facts("warmup")["resumed_at"] >= 1 or killed.facts("warmup")["startup_seconds"] == 0
+    assert killed.facts(MACHINE)["resumed_at"] >= 1
     ran = (killed.folder.parents[1] / "out").read_text()
     assert [ran.count(f"{stage}: started") for stage in ("pairs", "reference", *KILLS)] == [1, 1, 2, 2, 2]
 

@@ -71,7 +71,7 @@ def compute_logprobs(
     total = sum(pq.read_metadata(file).num_rows for file in files)
     fewest, most = bounds(trainer.workers)
     # Reading takes no CPU, so that actors may hold all there are.
-    rows = ray.data.read_parquet(str(pairs), columns=list(COLUMNS), ray_remote_args={"num_cpus": 0})
+    rows = ray.data.read_parquet(str(pairs), columns=list(COLUMNS), num_cpus=0)
     shards = rows.map_batches(
         LogprobActor,
         fn_constructor_kwargs={

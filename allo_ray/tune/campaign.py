@@ -100,6 +100,7 @@ def search(
     graph: Graph = method.graph,
 ) -> Outcome:
     """Runs the trials that are missing on the running cluster; writes what is known also when it is interrupted."""
+    from allo_ray.tune.beside import ended
     from allo_ray.tune.desk import open_desk
     from allo_ray.tune.searcher import CampaignSearcher, scheduler_of
     from allo_ray.tune.trial import Setting
@@ -150,7 +151,7 @@ def search(
             results_folder = str(records.folder.absolute())
             desk = open_desk(min(at_once, missing), {name: item.artifact for name, item in made.items()})
             setting = Setting(placed, graph, os.getcwd(), results_folder, shared, board, desk)
-            with Watch(board, lines, config.total, len(records.ended)) as watch:
+            with ended(board, desk), Watch(board, lines, config.total, len(records.ended)) as watch:
                 scheduler = scheduler_of(campaign, records)
                 _fit(setting, CampaignSearcher(campaign, records, watch, desk, room_now), scheduler, missing)
     finally:
