@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ from allo_ray.config.load import load
 from allo_ray.errors import UserError
 
 
-def refused(message: str, *overrides: str) -> None:
-    with pytest.raises(UserError, match=message):
+def refused(message: str, *overrides: str) -> bool:
+    """Whether the smoke preset with these changes is refused in such words."""
+    with pytest.raises(UserError) as caught:
         preflight.check(load("smoke", overrides))
+    return re.search(message, str(caught.value)) is not None
 
 
 def test_what_is_right_passes(tiny_llama: Path) -> None:
-    preflight.check(load("smoke", [f"model.path={tiny_llama}", f"reward.model={tiny_llama}"]))
+    right = load("smoke", [f"model.path={tiny_llama}", f"reward.model={tiny_llama}"])
+    assert preflight.check(right) is None
 
 
 @pytest.fixture
@@ -68,24 +72,26 @@ def broken(tiny_llama: Path, tmp_path: Path) -> Callable[[str], str]:
     ],
 )
 def test_a_broken_model(broken: Callable[[str], str], how: str, message: str) -> None:
-    refused(message, f"model.path={broken(how)}")
+    assert refused(message, f"model.path={broken(how)}")
 
 
 def test_the_reward_model_is_looked_at_too(broken: Callable[[str], str]) -> None:
-    refused("reward.model .*no weights there", f"reward.model={broken('no weights')}")
-    refused("rewrite.model /tmp/none: no config", "rewrite={kind: model, model: /tmp/none}")
-    refused("model.path tiny:gpt: there is none of that name", "model.path=tiny:gpt")
-    refused("model.path package:gpt: there is none of that name", "model.path=package:gpt")
+    assert refused("reward.model .*no weights there", f"reward.model={broken('no weights')}")
+    assert refused("rewrite.model /tmp/none: no config", "rewrite={kind: model, model: /tmp/none}")
+    assert refused("model.path tiny:gpt: there is none of that name", "model.path=tiny:gpt")
+    assert refused("model.path package:gpt: there is none of that name", "model.path=package:gpt")
 
 
 def test_a_template_that_the_tokenizer_lacks(broken: Callable[[str], str]) -> None:
-    refused(
+    assert refused(
         "tokenizer has no chat template", f"model.path={broken('no chat template')}", "data.template=chat"
     )
 
 
 def test_more_tokens_than_the_model_reads(tiny_llama: Path) -> None:
-    refused(r"data\.max_tokens is 513, but .* reads 512", f"model.path={tiny_llama}", "data.max_tokens=513")
+    assert refused(
+        r"data\.max_tokens is 513, but .* reads 512", f"model.path={tiny_llama}", "data.max_tokens=513"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,10 +106,10 @@ def test_more_tokens_than_the_model_reads(tiny_llama: Path) -> None:
     ],
 )
 def test_a_setting_that_would_fail_late(override: str, message: str) -> None:
-    refused(message, override)
+    assert refused(message, override)
 
 
 def test_a_broken_question_is_found_before_the_models_are_trained(tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text(json.dumps({"question": "1 + 1", "answer": "so 2\n#### 2"}) + "\n" + "{\n")
-    refused("test.jsonl, line 2: broken JSON", f"evaluate.suites=[{{name: gsm8k, path: {file}}}]")
+    assert refused("test.jsonl, line 2: broken JSON", f"evaluate.suites=[{{name: gsm8k, path: {file}}}]")

@@ -28,7 +28,7 @@ class CampaignSearcher(Searcher):
     def __init__(
         self, campaign: Campaign, records: Records, watch: Watch, desk: Any, at_once: Callable[[], int]
     ) -> None:
-        """`at_once`: how many trials there is room for now."""
+        """`at_once`: how many trials the cluster has room for, whenever that is asked."""
         super().__init__()
         self.campaign, self.records, self.watch, self.desk = campaign, records, watch, desk
         self.at_once = at_once
